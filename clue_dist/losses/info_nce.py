@@ -6,17 +6,20 @@ members of a trunk.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as collectives
 from torch import Tensor
 from torch.nn import functional as F
 
 from clue_dist.data.batch import PairRows
 
-_NO_CANDIDATE = -1e4  # logits are cosines times 100 at most
+# Odds are at most e to this, and those of 400,000 keys sum to a float32. Smaller by 127 than the
+# largest logit, a logit is lost; with the highest scale, 100, that is a cosine below -0.27.
+HEADROOM = 40.0
+LEAST_ODDS = 1e-37  # in place of a sum of odds that are all lost
 # Where fewer cells than this are of a cell's biological batch, those of other batches count so much
 # that there are as many in effect: hardly anything can be learnt from a few.
 FEWEST_CANDIDATES = 64
@@ -57,92 +60,139 @@ def compute_info_nce(
     if across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
         rank, world = dist.get_rank(), dist.get_world_size()
         every_z, every_code = _gather_ranks(z, batch_code)
-    total, n_pairs = z.new_zeros(()), 0
+    total, n_pairs, shift = z.new_zeros(()), 0, log_scale.detach().exp() - HEADROOM
     for (a, b), rows in pair_rows.items():
         n_cells, first = len(rows), rank * len(rows)  # this rank's cells among all ranks' pairs
         every_row = torch.cat([rows + of_rank * z.shape[1] for of_rank in range(world)])
-        bias = None  # what is added to logits
+        weights = None
         if batch_separation is not None:
             least = 1 - torch.minimum(batch_separation[a], batch_separation[b])
-            bias = _weigh_other_batches(batch_code[rows], every_code[every_row], least)
+            weights = _weigh_other_batches(every_code[every_row], least, first, n_cells)
         keys = {k: F.normalize(every_z[:, every_row, k], dim=-1) for k in (a, b)}
-        for source, target in ((a, b), (b, a)):
-            queries = log_scale.exp() * keys[source].narrow(1, first, n_cells)  # (M, n, .)
-            partners = keys[target].narrow(1, first, n_cells)
-            total_odds = sum_odds(queries, keys[target], bias)
+        queries = {k: log_scale.exp() * keys[k].narrow(1, first, n_cells) for k in (a, b)}
+        odds = {}
+        odds[a], of_every_b = sum_odds(queries[a], keys[b], shift, weights)
+        odds[b] = _sum_over_ranks(of_every_b, world).narrow(1, first, n_cells)
+        logits = (queries[a] * keys[b].narrow(1, first, n_cells)).sum(-1)  # of the partners
+        for k in (a, b):
             if same_modality:
-                odds = sum_odds(queries, keys[source], bias, offset=first)
-                total_odds = torch.logaddexp(total_odds, odds + math.log(same_modality))
-            losses = total_odds - (queries * partners).sum(-1)
+                others = sum_odds_of_others(queries[k], keys[k], shift, weights, first)
+                odds[k] = odds[k] + same_modality * others
+            losses = odds[k].clamp_min(LEAST_ODDS).log() + shift - logits
             total = total + losses.mean(0).sum()
         n_pairs += n_cells
     return total / max(2 * n_pairs, 1)
 
 
-def _weigh_other_batches(batch_code: Tensor, every_code: Tensor, least: Tensor) -> Tensor:
-    """The log of how much each of N keys counts for each of n cells, (n, N).
+class PairWeights(NamedTuple):
+    """How much cells count among the candidates of a cell, each (n, N): 1 or less."""
+
+    of_keys: Tensor  # each of N keys, for each of n queries
+    of_queries: Tensor  # each of n queries, where they are the candidates, for each of N keys
+
+
+def _weigh_other_batches(code: Tensor, least: Tensor, first: int, n_cells: int) -> PairWeights:
+    """How much cells of other batches count.
 
     A model that is to tell a cell from those of other batches learns to tell batches apart, if both
     modalities tell the batch. Cells of an unknown batch may be of any, so that they count in full
     for all cells, and all for them.
 
     Args:
-        batch_code: (n,), biological batches of the cells; -1: unknown.
-        every_code: (N,), those of the keys.
+        code: (N,), biological batches of the keys; -1: unknown.
         least: (), how much those of other batches count where there are enough others.
+        first: which key is the first of the queries.
+        n_cells: n.
     """
-    both_known = (batch_code >= 0)[:, None] & (every_code >= 0)[None]
-    is_other = (batch_code[:, None] != every_code[None]) & both_known
-    n_others = is_other.sum(1, keepdim=True)
-    lacking = FEWEST_CANDIDATES - (len(every_code) - n_others)
+    known, in_order = code >= 0, code.sort().values
+    alike = torch.searchsorted(in_order, code, right=True) - torch.searchsorted(in_order, code)
+    n_others = torch.where(known, known.sum() - alike, 0)
+    lacking = FEWEST_CANDIDATES - (len(code) - n_others)
     weight = torch.maximum(lacking / n_others.clamp_min(1), least).clamp(0, 1)
-    return (is_other * weight.log()).nan_to_num(0.0).clamp_min(_NO_CANDIDATE)
+    own, one = slice(first, first + n_cells), weight.new_ones(())
+    is_other = (code[own, None] != code) & known[own, None] & known
+    return PairWeights(
+        torch.where(is_other, weight[own, None], one), torch.where(is_other, weight, one)
+    )
 
 
 def sum_odds(
-    queries: Tensor, keys: Tensor, bias: Tensor | None = None, offset: int | None = None
-) -> Tensor:
-    """The log of the sum of exp(query . key + bias) over keys, (M, n).
-
-    Memory is that of one matrix of logits for each call: they are never put side by side.
+    queries: Tensor, keys: Tensor, shift: Tensor, weights: PairWeights | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sums of odds exp(query . key - shift), over keys and over queries, (M, n) and (M, N).
 
     Args:
         queries: (M, n, .).
         keys: (M, N, .).
-        bias: (n, N), which has no gradient; None: 0.
-        offset: where the queries begin among the keys, which are of the same modality then: no
-            query is compared with itself.
+        shift: (), without a gradient.
+        weights: how much a pair counts in either sum; None: 1.
     """
-    log_sum: Tensor = _LogSumOfOdds.apply(queries, keys, bias, offset)
-    return log_sum
+    of_keys, of_queries = weights or (None, None)
+    sums: tuple[Tensor, Tensor] = _SumsOfOdds.apply(queries, keys, shift, of_keys, of_queries, None)
+    return sums
 
 
-class _LogSumOfOdds(torch.autograd.Function):
+def sum_odds_of_others(
+    queries: Tensor, keys: Tensor, shift: Tensor, weights: PairWeights | None, first: int
+) -> Tensor:
+    """As `sum_odds`, over keys alone, which are the queries and others: none is its own candidate.
+
+    Args:
+        queries: (M, n, .).
+        keys: (M, N, .), of the same modality.
+        shift: (), without a gradient.
+        weights: how much a key counts; None: 1.
+        first: which key is the first of the queries.
+
+    Returns:
+        (M, n).
+    """
+    of_keys = None if weights is None else weights.of_keys
+    of_others: Tensor = _SumsOfOdds.apply(queries, keys, shift, of_keys, None, first)[0]
+    return of_others
+
+
+class _SumsOfOdds(torch.autograd.Function):
     """As torch's own operations have it, with a third of the passes over the matrix of odds."""
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, bias: Tensor | None, offset: int | None
-    ) -> Tensor:
-        odds = queries @ keys.mT
-        if bias is not None:
-            odds += bias
-        if offset is not None:
-            odds.diagonal(offset, -2, -1).fill_(_NO_CANDIDATE)
-        largest = odds.amax(-1, keepdim=True)
-        odds.sub_(largest).exp_()
-        total = odds.sum(-1, keepdim=True)
-        ctx.save_for_backward(queries, keys, odds, total)
-        return (largest + total.log()).squeeze(-1)
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        shift: Tensor,
+        of_keys: Tensor | None,
+        of_queries: Tensor | None,
+        first: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        odds = (queries @ keys.mT).sub_(shift).exp_()
+        if first is not None:
+            odds.diagonal(first, -2, -1).zero_()
+        over_keys = odds if of_keys is None else odds * of_keys
+        over_queries = odds if of_queries is None else odds.mul_(of_queries)
+        ctx.save_for_backward(queries, keys, over_keys, over_queries)
+        ctx.set_materialize_grads(False)
+        return over_keys.sum(-1), None if first is not None else over_queries.sum(-2)
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
-        queries, keys, odds, total = ctx.saved_tensors
-        # Of each query; it scales the rows of products, instead of those of the matrix of odds.
-        scale = gradient.unsqueeze(-1) / total
-        return scale * (odds @ keys), odds.mT @ (scale * queries), None, None
+        ctx: Any, by_query: Tensor, by_key: Tensor | None
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        queries, keys, over_keys, over_queries = ctx.saved_tensors
+        # Gradients scale the rows of products, instead of those of the matrices of odds.
+        scale = by_query.unsqueeze(-1)
+        of_queries = scale * (over_keys @ keys)
+        of_keys = over_keys.mT @ (scale * queries)
+        if by_key is not None:
+            scale = by_key.unsqueeze(-1)
+            of_queries += over_queries @ (scale * keys)
+            of_keys += scale * (over_queries.mT @ queries)
+        return of_queries, of_keys, None, None, None, None
+
+
+def _sum_over_ranks(x: Tensor, world: int) -> Tensor:
+    """The sum of the ranks' tensors, through which gradients flow back to all of them."""
+    return x if world == 1 else collectives.all_reduce(x)
 
 
 def _gather_ranks(z: Tensor, batch_code: Tensor) -> tuple[Tensor, Tensor]:

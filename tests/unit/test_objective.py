@@ -1,5 +1,6 @@
 """Each loss term equals a slow float64 transcription of its equation, on three modalities."""
 
+import itertools
 import math
 from itertools import permutations
 from types import SimpleNamespace
@@ -148,6 +149,32 @@ def test_info_nce_over_pairs_both_directions(
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("told", [None, [0.7, 0.2, 0.0]])
+def test_gradients_of_info_nce_are_those_of_its_value(told: list[float] | None) -> None:
+    z, log_scale = draw(2, B, K, K * D).double().requires_grad_(), torch.tensor(1.3).double()
+    code, batch_separation = torch.arange(B) % 2, None if told is None else torch.tensor(told)
+
+    def compute(z: Tensor, log_scale: Tensor) -> Tensor:
+        return compute_info_nce(z, find_pair_rows(OBSERVED), code, log_scale, batch_separation, 0.5)
+
+    assert torch.autograd.gradcheck(
+        compute, (z, log_scale.requires_grad_()), check_undefined_grad=False
+    )
+
+
+def test_info_nce_is_finite_where_no_odds_are_left() -> None:
+    """At the highest scale, of cells that are opposite to all candidates."""
+    z = torch.ones(1, 4, 2, 3)
+    z[:, 0, 0] = -1
+    z.requires_grad_()
+    pair_rows = {(0, 1): torch.arange(4)}
+    loss = compute_info_nce(z, pair_rows, torch.zeros(4).long(), torch.tensor(4.6), None, 1.0)
+    loss.backward()
+    assert float(loss) > 10
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
+
+
 def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -163,20 +190,30 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
         for tensor, rank in zip(of_ranks, ranks, strict=True):
             tensor.copy_(whole[rank])
 
-    losses = []
-    for number, rank in enumerate(ranks):
-        # Every rank adds the same gradient.
+    odds: dict[tuple[int, int], Tensor] = {}  # of keys, by call and rank
+
+    def compute_loss(number: int, rank: slice) -> Tensor:
+        calls = itertools.count()
+
+        def sum_over_ranks(part: Tensor) -> Tensor:
+            call = next(calls)
+            odds[call, number] = part
+            return sum((part for (of, _), part in odds.items() if of == call), torch.zeros(()))
+
         job: Any = SimpleNamespace(
             is_initialized=lambda: True,
             get_world_size=lambda: 2,
-            get_rank=lambda number=number: number,
+            get_rank=lambda: number,
             all_gather=all_gather,
-            all_reduce=lambda gradient: gradient.mul_(2),
+            all_reduce=lambda gradient: gradient.mul_(2),  # every rank adds the same gradient
         )
         monkeypatch.setattr(info_nce, "dist", job)
-        losses.append(
-            compute_info_nce(z[:, rank], pair_rows, code[rank], log_scale, torch.ones(K), 0.5)
-        )
+        monkeypatch.setattr(info_nce, "collectives", SimpleNamespace(all_reduce=sum_over_ranks))
+        return compute_info_nce(z[:, rank], pair_rows, code[rank], log_scale, torch.ones(K), 0.5)
+
+    for _ in range(2):  # the second time the odds of all ranks are known
+        losses = [compute_loss(number, rank) for number, rank in enumerate(ranks)]
+    for rank in ranks:
         part, weight = z.transpose(0, 1)[rank].clone().requires_grad_(), draw(2 * B, 2, K, K * D)
         (info_nce._GatherWithGradient.apply(part) * weight).sum().backward()
         assert part.grad is not None
