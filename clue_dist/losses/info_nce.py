@@ -109,10 +109,11 @@ def _weigh_other_batches(code: Tensor, least: Tensor, first: int, n_cells: int) 
     n_others = torch.where(known, known.sum() - alike, 0)
     lacking = FEWEST_CANDIDATES - (len(code) - n_others)
     weight = torch.maximum(lacking / n_others.clamp_min(1), least).clamp(0, 1)
-    own, one = slice(first, first + n_cells), weight.new_ones(())
-    is_other = (code[own, None] != code) & known[own, None] & known
+    queries, in_full = slice(first, first + n_cells), weight.new_ones(())
+    is_other = (code[queries, None] != code) & known[queries, None] & known
     return PairWeights(
-        torch.where(is_other, weight[own, None], one), torch.where(is_other, weight, one)
+        torch.where(is_other, weight[queries, None], in_full),
+        torch.where(is_other, weight, in_full),
     )
 
 

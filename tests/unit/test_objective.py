@@ -170,7 +170,7 @@ def test_info_nce_is_finite_where_no_odds_are_left() -> None:
     pair_rows = {(0, 1): torch.arange(4)}
     loss = compute_info_nce(z, pair_rows, torch.zeros(4).long(), torch.tensor(4.6), None, 1.0)
     loss.backward()
-    assert float(loss) > 10
+    assert 20 < float(loss.detach()) < 40
     assert z.grad is not None
     assert z.grad.isfinite().all()
 
@@ -192,7 +192,7 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
 
     odds: dict[tuple[int, int], Tensor] = {}  # of keys, by call and rank
 
-    def compute_loss(number: int, rank: slice) -> Tensor:
+    def become_rank(number: int) -> None:
         calls = itertools.count()
 
         def sum_over_ranks(part: Tensor) -> Tensor:
@@ -209,15 +209,21 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
         )
         monkeypatch.setattr(info_nce, "dist", job)
         monkeypatch.setattr(info_nce, "collectives", SimpleNamespace(all_reduce=sum_over_ranks))
-        return compute_info_nce(z[:, rank], pair_rows, code[rank], log_scale, torch.ones(K), 0.5)
 
     for _ in range(2):  # the second time the odds of all ranks are known
-        losses = [compute_loss(number, rank) for number, rank in enumerate(ranks)]
-    for rank in ranks:
-        part, weight = z.transpose(0, 1)[rank].clone().requires_grad_(), draw(2 * B, 2, K, K * D)
-        (info_nce._GatherWithGradient.apply(part) * weight).sum().backward()
-        assert part.grad is not None
-        torch.testing.assert_close(part.grad, 2 * weight[rank])
+        losses = []
+        for number, rank in enumerate(ranks):
+            become_rank(number)
+            losses.append(
+                compute_info_nce(z[:, rank], pair_rows, code[rank], log_scale, torch.ones(K), 0.5)
+            )
+            part, weight = (
+                z.transpose(0, 1)[rank].clone().requires_grad_(),
+                draw(2 * B, 2, K, K * D),
+            )
+            (info_nce._GatherWithGradient.apply(part) * weight).sum().backward()
+            assert part.grad is not None
+            torch.testing.assert_close(part.grad, 2 * weight[rank])
     monkeypatch.undo()
     every_pair = find_pair_rows(observed.repeat(2, 1))
     whole = compute_info_nce(z, every_pair, code, log_scale, torch.ones(K), 0.5)
