@@ -85,6 +85,7 @@ def train_on_cells(
     setup, warm_start = run_on_ranks(
         ranks, lambda: prepare_run(complete, ranks.world, resume, earlier)
     )
+    setup = setup.agree_on_precision(ranks)
     gc.unfreeze()  # what a notebook holds must not be kept from the collector
     if ranks.is_first:
         print_line(setup.format_summary())

@@ -20,6 +20,7 @@ def main() -> None:
     arguments = parse_bench_arguments(build_command_parser("bench", _DETAILS))
     ranks = Ranks.from_environment()
     setup = ranks.run_before_joining(lambda: prepare_benchmark(arguments, ranks.world))
+    setup = setup.agree_on_precision(ranks)
 
     from clue_dist.train.bench import measure_speed
 

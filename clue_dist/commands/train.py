@@ -25,6 +25,7 @@ def train_by_arguments(arguments: argparse.Namespace) -> None:
     """Train as the arguments of `clue train` say, on all ranks alike; the process ends with it."""
     ranks = Ranks.from_environment()
     setup, warm_start = ranks.run_before_joining(lambda: prepare_training(arguments, ranks.world))
+    setup = setup.agree_on_precision(ranks)
     if ranks.is_first:
         print_plan(setup, arguments, warm_start)
     if arguments.dry_run:

@@ -109,15 +109,11 @@ class Ranks:
         except ClueError as error:
             problem = self._name_rank(error)
         try:
-            connections = connect_to_rendezvous(self.rank, self.world, self.local_rank)
-            message = encode_value(encode_error(problem))
-            messages = exchange_messages(connections.main, connections.point, message)
+            problems = self.gather_values(encode_error(problem))
         except LostError as error:
             raise problem or error from None
-        names = [f"the message of rank {rank}" for rank in range(self.world)]
         _raise_first_problem(
-            decode_error(decode_value(message, name), name)
-            for message, name in zip(messages, names, strict=True)
+            decode_error(value, f"the value of rank {rank}") for rank, value in enumerate(problems)
         )
         return cast("T", result)
 
@@ -210,16 +206,23 @@ class Ranks:
             dist.barrier(group=self.process_group)
 
     def gather_values(self, value: T) -> list[T]:
-        """Gather a value of every rank, by rank, on all of them.
+        """Gather a value of every rank, by rank, on all of them, whether they have joined or not.
 
         Args:
             value: plain data, which travels as JSON, so that a tuple arrives as a list.
 
         Raises:
             RankError: what came of another rank is not JSON, or is too long.
+            LostError: not all ranks came in time, of ranks that have not joined.
         """
         message = encode_value(value)
-        messages = [message] if self.world == 1 else self._gather_bytes(message)
+        if self.world == 1:
+            messages = [message]
+        elif self.have_joined():
+            messages = self._gather_bytes(message)
+        else:
+            connections = connect_to_rendezvous(self.rank, self.world, self.local_rank)
+            messages = exchange_messages(connections, message)
         return [
             decode_value(message, f"the value of rank {rank}")
             for rank, message in enumerate(messages)

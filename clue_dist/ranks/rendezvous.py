@@ -7,12 +7,13 @@ the job, and all keys of a job begin with a token of its rank 0.
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +36,7 @@ class RendezvousConnections(NamedTuple):
     main: Any  # for the main thread
     beside: Any  # for threads beside it
     point: MeetingPoint
+    rounds: Iterator[int]  # numbers of the exchanges of messages, which all ranks make in one order
 
 
 _connections: dict[tuple[int, int], RendezvousConnections] = {}  # by rank and world
@@ -74,7 +76,7 @@ def _make_connections(rank: int, world: int, local_rank: int) -> RendezvousConne
         raise point.make_lost_error("no word from rank 0") from error
     except RuntimeError as error:
         raise point.make_lost_error(_get_first_line(error)) from error
-    return RendezvousConnections(store, store.clone(), point)
+    return RendezvousConnections(store, store.clone(), point, itertools.count())
 
 
 def _open_store(point: MeetingPoint) -> Any:
@@ -159,7 +161,7 @@ def admit_rank(store: Any, claim: RankClaim, point: MeetingPoint) -> Any:
     return job_store
 
 
-def exchange_messages(store: Any, point: MeetingPoint, message: bytes) -> list[bytes]:
+def exchange_messages(connections: RendezvousConnections, message: bytes) -> list[bytes]:
     """Exchange a message with all ranks, before there is a process group.
 
     Returns:
@@ -168,8 +170,10 @@ def exchange_messages(store: Any, point: MeetingPoint, message: bytes) -> list[b
     Raises:
         LostError: not all ranks came in time.
     """
+    store, point, number = connections.main, connections.point, next(connections.rounds)
     sent, received = (
-        [f"clue_dist/{what}/{rank}" for rank in range(point.world)] for what in ("sent", "received")
+        [f"clue_dist/{what}/{number}/{rank}" for rank in range(point.world)]
+        for what in ("sent", "received")
     )
 
     def say_who_is_late() -> None:

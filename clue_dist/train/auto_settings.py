@@ -59,9 +59,15 @@ def resolve_auto_settings(config: Config, n_train: int, n_modalities: int) -> Co
 def _resolve_precision(training: TrainConfig) -> TrainConfig:
     if training.precision != "auto":
         return training
-    precision = "mixed" if can_multiply_bfloat16() else "fp32"
+    return set_found_precision(training, "mixed" if can_multiply_bfloat16() else "fp32")
+
+
+def set_found_precision(training: TrainConfig, precision: str) -> TrainConfig:
+    """Set the precision that machines can do, where nobody named one.
+
+    So a run that began on another processor goes on as it began.
+    """
     resolved = training.model_copy(update={"precision": precision})
-    # Nobody named it: a run that began on another processor goes on as it began.
     resolved.model_fields_set.discard("precision")
     return resolved
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, format_count, list_names
 from clue_dist.files import parse_path
 from clue_dist.model.modality_spec import ModalitySpec, specify_modalities
+from clue_dist.ranks import Ranks
 from clue_dist.store.layout import name_stratum
 from clue_dist.store.manifest import is_store
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd
-from clue_dist.train.auto_settings import resolve_auto_settings
+from clue_dist.train.auto_settings import resolve_auto_settings, set_found_precision
 from clue_dist.train.projection_start import ProjectionStart, choose_projection_starts
 
 MOST_FITTING_CELLS = 4000  # on which the common space is fitted, but for
@@ -73,6 +74,17 @@ class Setup:
             for modality, start in self.projection_starts.items()
             if start.stored_svd is not None
         }
+
+    def agree_on_precision(self, ranks: Ranks) -> Setup:
+        """Train in float32 if any rank found no instructions for bfloat16, so that all round alike.
+
+        Args:
+            ranks: this rank among all; every rank must call.
+        """
+        if len(set(ranks.gather_values(self.config.train.precision))) == 1:
+            return self
+        training = set_found_precision(self.config.train, "fp32")
+        return replace(self, config=self.config.model_copy(update={"train": training}))
 
     def count_epochs(self, step: int) -> float:
         """Count the passes over as many cells as there are, after `step` optimizer steps."""

@@ -314,6 +314,20 @@ def test_lower_precision_trains_close_to_fp32(folder: Path, lower: str, stage: i
     assert all(w.dtype == torch.float32 for w in best_weights(rounded).values())
 
 
+def test_ranks_of_unlike_machines_train_in_the_precision_that_all_can(folder: Path) -> None:
+    """The second rank finds no instructions for bfloat16, the first, which speaks, does."""
+    settings = ("train.epochs=2", "log.every=1")
+    run(*spawned(2, *train_args(folder, folder / "s.zarr", "alike", *settings)))
+    args = train_args(folder, folder / "s.zarr", "unlike", *settings, "train.precision=auto")
+    plant = ("tests/faults/plant.py", "bfloat16:1", "--")
+    for words in ([*args, "--dry-run"], args):
+        assert "ZeRO-1, fp32" in run(*spawned(2, *plant, *words)).stdout
+    kept = json.loads((folder / "unlike" / "config.json").read_text())
+    assert kept["train"]["precision"] == "fp32"
+    weights = [best_weights(folder / name) for name in ("alike", "unlike")]
+    assert largest_difference(*weights) == 0
+
+
 @pytest.mark.parametrize("likelihood", ["zinb", "poisson", "bernoulli"])
 def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood: str) -> None:
     choices = (

@@ -16,6 +16,7 @@ saving:RANK:STEP:P    the rank kills itself while the checkpoint of a step is sa
 full:RANK:STEP:P      at P, this rank alone finds its disk full
 pause:SECONDS         every rank waits before each batch, so that a run of few steps lasts, and what
                       happens to it meets it in mid run
+bfloat16:RANK         this rank alone has no instructions for bfloat16
 dump:FOLDER           every rank writes what it begins with: its shards of weights and optimizer
 """
 
@@ -40,7 +41,7 @@ from clue_dist.checkpoint import engine_state, saver
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.ranks import Ranks
-from clue_dist.train import loop, validate
+from clue_dist.train import auto_settings, loop, validate
 from clue_dist.train.trainer import Trainer
 
 SIGNALS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}
@@ -65,6 +66,10 @@ def plant(kind: str, *where: str) -> None:
         return dump(Path(where[0]))
     if kind == "pause":
         return at_batch(lambda *_: time.sleep(float(where[0])))
+    if kind == "bfloat16":
+        has_instructions = Ranks.from_environment().rank != int(where[0])
+        auto_settings.can_multiply_bfloat16 = lambda: has_instructions
+        return None
     if Ranks.from_environment().rank != int(where[0]):
         return None
     if kind == "kill":

@@ -161,7 +161,9 @@ def test_ranks_meet(tmp_path):
     code = """
         from pathlib import Path
         from clue_dist.ranks import Ranks
-        ranks = Ranks.from_environment().join_group()
+        ranks = Ranks.from_environment()
+        assert ranks.gather_values(f"apart {ranks.rank}") == ["apart 0", "apart 1"]
+        ranks.join_group()
         (Path(folder) / str(ranks.rank)).touch()
         ranks.barrier()
         assert (Path(folder) / str(1 - ranks.rank)).exists()

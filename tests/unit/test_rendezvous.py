@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from clue_dist.ranks.messages import (
     encode_error,
     encode_value,
 )
-from clue_dist.ranks.rendezvous import admit_rank, exchange_messages
+from clue_dist.ranks.rendezvous import RendezvousConnections, admit_rank, exchange_messages
 from clue_dist.resilience.bulletin import Bulletin, Failure
 from clue_dist.resilience.peers import LOSS_LIMIT, Peers, PeerState
 
@@ -53,6 +54,10 @@ def store() -> Any:
 
 def stand_at(rank: int, is_given: bool = True) -> MeetingPoint:
     return MeetingPoint(rank, WORLD, "127.0.0.1", 29500, is_given)
+
+
+def connect(store: Any) -> RendezvousConnections:
+    return RendezvousConnections(store, store, stand_at(0), itertools.count())
 
 
 def claim_place(name: str, token: str = TOKEN, world: int = WORLD) -> RankClaim:
@@ -223,18 +228,19 @@ def test_a_token_that_cannot_be_part_of_a_key(store: Any) -> None:
 
 
 def test_a_hostile_message(store: Any, hostile: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    connections = rendezvous.RendezvousConnections(store, store, stand_at(0))
-    monkeypatch.setattr("clue_dist.ranks.ranks.connect_to_rendezvous", lambda *_: connections)
-    store.set("clue_dist/sent/1", hostile)
-    store.set("clue_dist/received/1", hostile)
+    connect_to = lambda *_: connect(store)  # noqa: E731
+    monkeypatch.setattr("clue_dist.ranks.ranks.connect_to_rendezvous", connect_to)
+    store.set("clue_dist/sent/0/1", hostile)
+    store.set("clue_dist/received/0/1", hostile)
     meet = lambda: Ranks(0, WORLD).run_before_joining(lambda: "done")  # noqa: E731
     if hostile == b"null":  # what a rank writes that has no error
         assert meet() == "done"
     else:
-        require_refusal(meet, "the message of rank 1")
+        require_refusal(meet, "the value of rank 1")
 
 
 def test_a_hostile_value_in_a_collective(hostile: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "have_joined", lambda self: True)
     monkeypatch.setattr(Ranks, "_gather_bytes", lambda self, message: [message, hostile])
     require_refusal(lambda: Ranks(0, WORLD).run_on_all(lambda: None), "the value of rank 1")
 
@@ -304,9 +310,12 @@ def test_values_are_the_same_in_one_process_as_in_many() -> None:
 
 
 def test_messages_are_exchanged_by_rank(store: Any) -> None:
-    store.set("clue_dist/sent/1", "second")
-    store.set("clue_dist/received/1", "1")
-    assert exchange_messages(store, stand_at(0), b"first") == [b"first", b"second"]
+    connections = connect(store)
+    for number in range(2):  # a later exchange must not read what an earlier one has left
+        store.set(f"clue_dist/sent/{number}/1", f"second {number}")
+        store.set(f"clue_dist/received/{number}/1", "1")
+        messages = exchange_messages(connections, b"first")
+        assert messages == [b"first", f"second {number}".encode()]
 
 
 def test_a_rank_that_is_given_another_device_keeps_its_connections(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from clue_dist.checkpoint.kept_config import follow_kept_config
 from clue_dist.config import Config, DataConfig, ObjectiveConfig
 from clue_dist.errors import ConfigError
+from clue_dist.ranks import Ranks
 from clue_dist.train import auto_settings
 from clue_dist.train.auto_settings import resolve_auto_settings
 from clue_dist.train.setup import prepare_setup
@@ -145,6 +146,19 @@ def test_a_run_goes_on_in_the_precision_in_which_it_began(monkeypatch: pytest.Mo
     assert follow_kept_config(here, kept).train.precision == "fp32"
     named = resolve_auto_settings(Config(train={"precision": "mixed"}), 500, 2)
     assert follow_kept_config(named, kept).train.precision == "mixed"  # which is refused later
+
+
+def test_ranks_agree_on_the_precision_that_all_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "s.zarr", features={"rna": 30, "adt": 8})
+    monkeypatch.setattr(auto_settings, "can_multiply_bfloat16", lambda: True)
+    setup = prepare_setup(config_of(tmp_path / "s.zarr"), world=2)
+    for others, precision in (("mixed", "mixed"), ("fp32", "fp32")):
+        monkeypatch.setattr(Ranks, "gather_values", lambda _, own, other=others: [own, other])
+        training = setup.agree_on_precision(Ranks(0, 2)).config.train
+        assert training.precision == precision
+        assert "precision" not in training.model_fields_set  # nobody named it
 
 
 def test_weights_must_name_every_stratum(tmp_path: Path) -> None:
