@@ -43,7 +43,7 @@ class ConversionRequest:
     kinds: Mapping[str, str] = field(default_factory=dict)
     modality: str | None = None  # what an AnnData holds
     # Further flags of `python -m data_prep convert`, word by word, or as they are typed.
-    flags: str | Sequence[str] = ()
+    conversion: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.batch_key is not None and not self.batch_key:
@@ -79,7 +79,7 @@ class ConversionRequest:
 
     def list_flags(self) -> list[str]:
         """The words of the command line that say the same."""
-        words = split_words(self.flags)
+        words = split_words(self.conversion)
         if self.batch_columns:
             words += ["--batch-key", *self.batch_columns]
         words += [] if self.label_key is None else ["--label-key", self.label_key]
@@ -385,7 +385,7 @@ def _keep_columns(
     Further flags may name others, as `--keep-obs` and `--dataset-key` do: with any, all are kept.
     Where names of cells repeat, the error lists the columns that may tell the cells apart.
     """
-    keeps_all = bool(request.flags) or not obs.index.is_unique
+    keeps_all = bool(request.conversion) or not obs.index.is_unique
     wanted = {*(request.batch_columns or [FIELDS["batch"]]), request.label_key or FIELDS["label"]}
     wanted |= {f"{modality}:{column}" for modality in modalities for column in wanted}
     kept = obs[[column for column in obs if keeps_all or column in wanted]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from clue_dist.api.training_call import (
     train_on_cells,
 )
 from clue_dist.checkpoint.run_folder import list_checkpoints
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, list_names, suggest_names
 from clue_dist.files import parse_path
 from clue_dist.inference.answer_files import check_answer_path
 from clue_dist.inference.cells import (
@@ -222,8 +224,8 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
             The new model.
 
         Raises:
-            ConfigError: another word for `train`; `settings` or `new_modalities` where batches
-                alone are learnt.
+            ConfigError: another word for `train` or for one of the choices; `settings` or
+                `new_modalities` where batches alone are learnt.
             ClueError: what `embed` raises of the cells, or `fit`.
         """
         if train not in ("batches", "all"):
@@ -231,7 +233,7 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
         folder = parse_path(str(out))
         new_modalities = [new_modalities] if isinstance(new_modalities, str) else new_modalities
         if train == "all":
-            self._train_on_all(cells, folder, new_modalities, settings or {}, **choices)
+            self._train_on_all(cells, folder, new_modalities, settings or {}, choices)
             return load_newest(folder)
         if new_modalities or settings:
             raise ConfigError(
@@ -239,6 +241,7 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
                 got=f"new_modalities={list(new_modalities)}, settings={dict(settings or {})}",
                 fix='fine_tune(..., train="all")',
             )
+        _require_known(choices, _list_reading_choices(), "fine_tune")
         opened = open_cells(cells, self.trained_model, **choices)
         tune_batches(self.folder, self.trained_model, opened, folder)
         return load(folder)
@@ -252,7 +255,11 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
             earlier: the model that this one was trained on from, say, or its folder.
             cells: cells with modalities that both know.
             choices: as `embed` takes them.
+
+        Raises:
+            ConfigError: another word for one of the choices.
         """
+        _require_known(choices, _list_reading_choices(), "measure_shift")
         earlier = earlier if isinstance(earlier, Run) else load(earlier)
         models = earlier.trained_model, self.trained_model
         return measure_shift(*models, *(open_cells(cells, model, **choices) for model in models))
@@ -285,17 +292,18 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
         folder: Path,
         new_modalities: Sequence[str],
         settings: Mapping[str, Any],
-        *,
-        conversion: str | Sequence[str] = (),
-        **columns: Any,
+        choices: Mapping[str, Any],
     ) -> None:
         """Train all weights on with the run's settings; cells get the run's features."""
         from clue_dist.train.arguments import list_further_settings
         from data_prep.from_python import ConversionRequest, split_words
 
+        known = [field.name for field in fields(ConversionRequest)]
+        _require_known(choices, known, 'fine_tune, train="all"')
         flags = ["--features-from", str(self.folder)]
         flags += [word for name in new_modalities for word in ("--new-modality", name)]
-        request = ConversionRequest(**columns, flags=[*flags, *split_words(conversion)])
+        flags += split_words(choices.get("conversion", ()))
+        request = ConversionRequest(**{**choices, "conversion": flags})
         ranks, config_file = Ranks.from_environment(), self.folder / "config.json"
         config = run_on_ranks(
             ranks,
@@ -304,3 +312,22 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
             ),
         )
         train_on_cells(cells, request, config, ranks, "auto", self.folder)
+
+
+def _list_reading_choices() -> list[str]:
+    """List what a person may choose of how cells are read."""
+    parameters = inspect.signature(open_cells).parameters.values()
+    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+
+
+def _require_known(choices: Mapping[str, Any], known: Sequence[str], method: str) -> None:
+    """Require that choices have the names that they have elsewhere."""
+    for name in choices:
+        if name not in known:
+            raise ConfigError(
+                "no such argument",
+                where=method,
+                got=name,
+                expected=list_names(known),
+                fix=suggest_names(name, known),
+            )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import check_table_path, write_table
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, keep_sources
+from clue_dist.number_checks import require_number
 from clue_dist.progress import Progress, show_progress
 from clue_dist.ranks import Ranks
 
@@ -81,7 +81,8 @@ def compare_groups(
         ConfigError: no such column, group, modality, feature or batch; a group without cells; no
             group but the reference; no pairs, or a change below 0.
     """
-    _check_numbers(choices)
+    require_number("pairs", choices.pairs, 1, whole=True)
+    require_number("least_change", choices.least_change)
     if choices.reference is not None:
         choices = replace(choices, reference=str(choices.reference))
     question = read_question(
@@ -115,14 +116,6 @@ def write_differences(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Write what `compare_groups` gives as one table, whose first columns are group and feature."""
     check_table_path(out)
     write_table(pd.concat(tables, names=["group"]).reset_index(), out)
-
-
-def _check_numbers(choices: DifferentialChoices) -> None:
-    """Require numbers that mean something."""
-    if not isinstance(choices.pairs, Integral) or choices.pairs < 1:
-        raise ConfigError("no number of pairs", got=choices.pairs, expected="1 or more")
-    if not choices.least_change >= 0:  # nor NaN
-        raise ConfigError("no least change", got=choices.least_change, expected="0 or more")
 
 
 def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from clue_dist.inference.score_tables import (
 )
 from clue_dist.inference.stream import Embedding, compute_embedding
 from clue_dist.metrics import integration, matching, matching_controls
+from clue_dist.number_checks import require_number
 from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
@@ -147,10 +147,8 @@ def check_scores_path(out: Path, max_cells: int | None) -> None:
             fix=f"--out {out}/scores.json",
         )
     check_output_format(out, [".json"])  # a name of cells, mistyped, would be replaced by scores
-    if max_cells is not None and not (isinstance(max_cells, Integral) and max_cells >= 2):
-        raise ConfigError(
-            "matching needs two cells", where="--max-cells", got=max_cells, expected="2 or more"
-        )
+    if max_cells is not None:
+        require_number("max_cells", max_cells, 2, whole=True)  # matching needs two
 
 
 def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from clue_dist.inference.cells.named_counts import list_chosen
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.kinds import KINDS
 from clue_dist.model.imputation import ValueDecoder
+from clue_dist.number_checks import require_number
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 
 OWN, AVERAGE = "own", "average"  # choices of a batch, beside the names of batches
@@ -212,23 +212,17 @@ def _require_known(name: str, known: Sequence[str], what: str, others: str = "")
 def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
     """Require numbers that mean something."""
     size, interval = choices.library_size, choices.interval
-    if not (size is None or size == OWN or (_is_number(size) and size > 0)):
-        raise ConfigError("no library size", got=size, expected=f"a number above 0, or {OWN!r}")
-    if interval is not None and not (_is_number(interval) and 0 < interval <= LARGEST_INTERVAL):
-        raise ConfigError(
-            "no share of an interval",
-            got=interval,
-            expected=f"a number above 0, {LARGEST_INTERVAL} at most",
-        )
-    if not isinstance(choices.samples, (int, np.integer)) or choices.samples < 0:
-        raise ConfigError("no number of samples", got=choices.samples, expected="0, 1, 2, ...")
+    require_number("seed", choices.seed, whole=True)
+    require_number("samples", choices.samples, whole=True)
+    if size is not None and size != OWN:
+        require_number(f"library_size, unless it is {OWN!r}", size, above=True)
+    if interval is not None:
+        require_number("interval", interval, 0, LARGEST_INTERVAL, above=True)
+    if choices.threshold is not None:
+        require_number("threshold", choices.threshold)
     if real_values and (choices.log1p or size is not None):
         raise ConfigError(
             "real values have no library size",
             where=f"modality {choices.modality}",
             fix="leave library_size and log1p out",
         )
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float, np.number))

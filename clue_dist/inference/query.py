@@ -9,6 +9,7 @@ from typing import NamedTuple
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError, StoreError, format_count, list_names
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.number_checks import require_number
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.provenance import InputFile, Provenance
 from clue_dist.store.reader import Store
@@ -77,8 +78,10 @@ def require_fitting_store(
         Sentences that say what makes answers doubtful.
 
     Raises:
+        ConfigError: `min_known` is no share.
         StoreError: modalities or features that are not the model's, or were hardly measured.
     """
+    require_number("min_known", min_known, 0, 1)
     require_known_features(store, trained_model.modalities)
     # What the model was trained on may hold files of few features, as with `--features union`.
     if holds_training_cells(store, trained_model.seen_cells):

@@ -9,16 +9,16 @@ says how far a query lies from every type of the reference: see `clue_dist.neigh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from clue_dist.errors import ConfigError, DataError
+from clue_dist.errors import DataError
 from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.neighbours.novelty import NoveltyScale
+from clue_dist.number_checks import require_number
 from clue_dist.progress import show_progress
 
 UNKNOWN_LABEL = "unknown"
@@ -35,22 +35,9 @@ class TransferSettings:
     least_confidence: float = 0.0  # below which a label is "unknown", too
 
     def __post_init__(self) -> None:
-        for name, is_right, expected in (
-            ("n_neighbours", _is_count(self.n_neighbours), "1, 2, ..."),
-            ("kept", 0 < self.kept <= 1, "a share above 0, 1 at most"),
-            ("least_confidence", 0 <= self.least_confidence <= 1, "a probability, from 0 to 1"),
-        ):
-            if not is_right:
-                raise ConfigError(
-                    "labels cannot be carried over so",
-                    where=name,
-                    got=getattr(self, name),
-                    expected=expected,
-                )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and int(value) >= 1
+        require_number("n_neighbours", self.n_neighbours, 1, whole=True)
+        require_number("kept", self.kept, 0, 1, above=True)
+        require_number("least_confidence", self.least_confidence, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal, get_args
 
 from clue_dist.errors import ConfigError
+from clue_dist.number_checks import require_number
 
 # What each of them does: `partners.find_partners`.
 PartnerMethod = Literal["nearest", "scaled", "shared", "mutual", "transport", "bipartite"]
@@ -30,16 +30,7 @@ class PartnerSettings:
             raise ConfigError(
                 "no such way to seek partners", got=self.method, expected=", ".join(PARTNER_METHODS)
             )
-        is_number = isinstance(self.n_partners, Integral)
-        if not (is_number and 1 <= self.n_partners <= MOST_PARTNERS):
-            raise ConfigError(
-                "a cell cannot have so many partners",
-                got=self.n_partners,
-                expected=f"1 to {MOST_PARTNERS:,}",
-            )
-        if self.temperature <= 0 or min(self.n_neighbours, self.n_candidates) < 1:
-            raise ConfigError(
-                "partners need a positive temperature, a neighbour and a candidate",
-                got=(self.temperature, self.n_neighbours, self.n_candidates),
-                expected="numbers above 0",
-            )
+        require_number("n_partners", self.n_partners, 1, MOST_PARTNERS, whole=True)
+        require_number("n_neighbours", self.n_neighbours, 1, whole=True)
+        require_number("n_candidates", self.n_candidates, 1, whole=True)
+        require_number("temperature", self.temperature, above=True)

@@ -14,6 +14,7 @@ from clue_dist import config_file
 from clue_dist.config import Config
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
+from clue_dist.number_checks import require_number
 from clue_dist.process import postpone_collections
 from clue_dist.ranks import Ranks
 
@@ -223,12 +224,8 @@ def check_bench_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: they cannot, or there is nothing to measure.
     """
-    if arguments.seconds <= 0 or arguments.repeats < 1:
-        raise ConfigError(
-            "nothing to measure",
-            got=f"--seconds {arguments.seconds:g} --repeats {arguments.repeats}",
-            expected="seconds above 0, one repeat or more",
-        )
+    require_number("--seconds", arguments.seconds, above=True)
+    require_number("--repeats", arguments.repeats, 1, whole=True)
     if arguments.json is None:
         return
     folder = arguments.json.absolute().parent

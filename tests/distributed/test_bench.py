@@ -72,7 +72,7 @@ def test_mistakes_are_told_before_anything_is_measured(folder: Path) -> None:
         "folder that is there"
         in alone(*args, "--json", str(folder / "no" / "o.json"), expect=2).stderr
     )
-    assert "one repeat or more" in alone(*args, "--repeats", "0", expect=2).stderr
+    assert "where: --repeats" in alone(*args, "--repeats", "0", expect=2).stderr
 
 
 def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:

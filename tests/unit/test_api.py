@@ -317,7 +317,7 @@ def test_what_is_said_in_python_becomes_flags() -> None:
         layer={"rna": "counts"},
         feature_ids="gene_ids",
         kinds={"hto": "adt"},
-        flags=["--top", "rna=10"],
+        conversion=["--top", "rna=10"],
     )
     assert request.list_flags() == [
         *("--top", "rna=10", "--batch-key", "donor"),
@@ -455,14 +455,14 @@ def test_columns_that_flags_name_reach_the_store(tmp_path: Path) -> None:
     table = make_mudata()["rna"].copy()
     table.obs["day"] = pd.Timestamp("2020-02-02")
     flags = ["--keep-obs", "day"]
-    convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna", flags=flags))
+    convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna", conversion=flags))
     assert list(Store(tmp_path / "s.zarr").manifest.obs_columns) == ["day"]
 
 
 @pytest.mark.slow
 def test_mistakes_of_a_conversion_are_errors_that_can_be_caught(tmp_path: Path) -> None:
     table = make_mudata()["rna"]
-    request = ConversionRequest(modality="rna", flags=["--nonsense"])
+    request = ConversionRequest(modality="rna", conversion=["--nonsense"])
     with pytest.raises(ConfigError, match="unrecognized arguments: --nonsense"):
         convert_cells(table, tmp_path / "s.zarr", request)
     with pytest.raises(DataError, match="needs a modality's name"):

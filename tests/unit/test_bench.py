@@ -1,6 +1,7 @@
 """The arithmetic and the words of launch/bench.py."""
 
 import argparse
+import math
 import os
 import threading
 import time
@@ -91,6 +92,15 @@ def test_the_report_ends_with_the_verdict_and_json_has_it_all() -> None:
     )
     assert report.as_dict()["feeds"] == 2.0
     assert report.as_dict()["data"]["phases"]["gather"] == 0.4
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seconds": 0.0}, {"seconds": math.nan}, {"seconds": math.inf}, {"repeats": 0}]
+)
+def test_what_cannot_be_timed_is_refused(wrong: dict[str, float]) -> None:
+    arguments = {"seconds": 1.0, "repeats": 1, "json": None} | wrong
+    with pytest.raises(ConfigError, match=f"where: --{next(iter(wrong))}"):
+        check_bench_arguments(argparse.Namespace(**arguments))
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from clue_dist.errors import ConfigError
 from clue_dist.inference.cells import open_cells
 from clue_dist.inference.cells.memory_obs import collect_obs
 from clue_dist.inference.embed import embed_anndata
@@ -105,10 +106,20 @@ def test_batches_are_those_of_the_store(store, loaded):
     assert loaded.batch_vocabulary.encode_levels(batches).tolist() == [[-1], [0]]
 
 
-@pytest.mark.parametrize("batch_size", [0, -3, 1])
-def test_slices_hold_a_cell_at_least(store, loaded, batch_size):
-    slices = open_cells(read_mudata(store), loaded).slice_cells(batch_size)
-    assert [cell_slice.n_cells for cell_slice in slices] == [1] * sum(CELLS.values())
+@pytest.mark.parametrize("form", [read_mudata, lambda store: store])
+def test_slices_hold_a_cell_at_least(store, loaded, form):
+    cells = open_cells(form(store), loaded)
+    assert sum(cell_slice.n_cells for cell_slice in cells.slice_cells(1)) == cells.n_cells
+    for batch_size in (0, -3, 2.5, "all"):
+        with pytest.raises(ConfigError, match=f"batch_size\n.*{batch_size}.*\n.* whole number, 1"):
+            cells.slice_cells(batch_size)
+
+
+@pytest.mark.parametrize("form", [read_mudata, lambda store: store])
+def test_a_share_of_features_is_a_number_from_0_to_1(store, loaded, form):
+    for min_known in ("half", 50, float("nan")):
+        with pytest.raises(ConfigError, match=r"where: min_known\n.*\n.* 0 or more, 1 at most"):
+            open_cells(form(store), loaded, min_known=min_known)
 
 
 def test_batches_lie_where_those_of_the_training_cells_did(store, loaded):

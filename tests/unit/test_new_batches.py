@@ -170,6 +170,24 @@ def test_another_word_for_the_training_is_refused(
         load(run).fine_tune(new_store, tmp_path / "tuned", new_modalities="atac")
 
 
+def test_another_word_for_a_choice_is_refused(run: Path, new_store: Store, tmp_path: Path) -> None:
+    trained, tuned = load(run), tmp_path / "tuned"
+    calls = {
+        "fine_tune\n": lambda: trained.fine_tune(new_store, tuned, batchkey="donor"),
+        'fine_tune, train="all"\n': lambda: trained.fine_tune(
+            new_store, tuned, train="all", batchkey="donor"
+        ),
+        "measure_shift\n": lambda: trained.measure_shift(run, new_store, batchkey="donor"),
+    }
+    for where, call in calls.items():
+        with pytest.raises(
+            ConfigError, match=f"where: {where}(.|\n)*did you mean batch_key"
+        ) as raised:
+            call()
+        assert raised.value.got == "batchkey"
+    assert not tuned.exists()
+
+
 def test_a_model_of_a_single_batch_has_no_place_for_others(
     new_store: Store, tmp_path: Path
 ) -> None:

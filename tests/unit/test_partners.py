@@ -218,8 +218,8 @@ def test_without_faiss_the_error_says_what_to_install(monkeypatch):
     ("settings", "words"),
     [
         ({"method": "guess"}, "nearest, scaled, shared, mutual, transport, bipartite"),
-        ({"n_partners": 1_001}, "1 to 1,000"),
-        ({"n_partners": 1.5}, "1 to 1,000"),
+        ({"n_partners": 1_001}, "1 or more, 1,000 at most"),
+        ({"n_partners": 1.5}, "a whole number"),
         ({"temperature": 0.0}, "above 0"),
     ],
 )

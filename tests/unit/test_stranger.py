@@ -144,14 +144,14 @@ def test_columns_that_may_tell_cells_of_one_name_apart_are_listed(
     table.obs_names = [f"c{i // 2}" for i in range(20)]
     with pytest.raises(DataError, match=r"`--dataset-key COLUMN` \(donor\)"):
         convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
-    request = ConversionRequest(modality="rna", flags="--dataset-key donor")
+    request = ConversionRequest(modality="rna", conversion="--dataset-key donor")
     convert_cells(table, tmp_path / "s.zarr", request)
     assert Store(tmp_path / "s.zarr").manifest.n_cells == 20
 
 
 def test_flags_may_be_one_text(mdata: md.MuData, tmp_path: Path, typed: list[list[str]]) -> None:
     for flags in ("--keep-obs all --seed 3", ["--keep-obs", "all", "--seed", "3"]):
-        convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(flags=flags))
+        convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(conversion=flags))
     first, second = (words[words.index("--keep-obs") :][:4] for words in typed)
     assert first == second == ["--keep-obs", "all", "--seed", "3"]
     with pytest.raises(DataError, match="one column holds the labels"):
@@ -201,7 +201,7 @@ def test_a_flag_of_pairing_counts_for_cells_in_memory(
     mdata: md.MuData, tmp_path: Path, typed: list[list[str]]
 ) -> None:
     flags = ["--pair-barcodes", "core"]
-    convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(flags=flags))
+    convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(conversion=flags))
     # The last one counts.
     assert [w for w in typed[0] if w in ("exact", "core")] == ["exact", "core"]
 
@@ -286,7 +286,10 @@ def test_what_counts_for_nothing_of_a_store_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "manifest.json").touch()
-    for request in (ConversionRequest(), ConversionRequest(flags=["--features-from", "runs/a"])):
+    for request in (
+        ConversionRequest(),
+        ConversionRequest(conversion=["--features-from", "runs/a"]),
+    ):
         assert training_call._find_store(tmp_path, request, tmp_path / "run") == str(tmp_path)
         assert capsys.readouterr().err == ""
     training_call._find_store(tmp_path, ConversionRequest("donor", layer="counts"), tmp_path)

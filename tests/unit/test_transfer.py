@@ -137,12 +137,17 @@ def test_small_references_and_types_of_one_cell_are_possible():
 
 
 @pytest.mark.parametrize(
-    "choice", [{"n_neighbours": 0}, {"n_neighbours": "5"}, {"kept": 0}, {"least_confidence": 2}]
+    "choice",
+    [
+        {"n_neighbours": 0},
+        {"n_neighbours": "5"},
+        {"kept": 0},
+        {"kept": "most"},
+        {"least_confidence": 2},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(choice):
-    with pytest.raises(
-        ConfigError, match=rf"cannot be carried over so\n  where: {next(iter(choice))}\n"
-    ):
+    with pytest.raises(ConfigError, match=rf"cannot be used\n  where: {next(iter(choice))}\n"):
         TransferSettings(**choice)
 
 

@@ -17,7 +17,6 @@ from clue_dist.errors import DataError, format_count, list_names, suggest_names
 from clue_dist.inference.cells.aligned_counts import AlignedCounts, align_features
 from clue_dist.inference.cells.memory_obs import collect_obs, find_levels
 from clue_dist.inference.cells.named_counts import (
-    MIN_KNOWN_IN_MEMORY,
     MemoryChoices,
     NamedCounts,
     choose_value,
@@ -27,6 +26,7 @@ from clue_dist.inference.cells.named_counts import (
 )
 from clue_dist.inference.cells.store_cells import CellSlice
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.number_checks import require_number
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary, combine_levels
 from clue_dist.store.region_names import respell_regions
 
@@ -73,10 +73,13 @@ class MemoryCells:
 
         Args:
             batch_size: cells of a slice, at least one.
+
+        Raises:
+            ConfigError: `batch_size` is no such number.
         """
+        require_number("batch_size", batch_size, 1, whole=True)
         observed = np.stack([self._rows[name] >= 0 for name in self.modalities], axis=1)
         patterns, pattern_of_cell = np.unique(observed, axis=0, return_inverse=True)
-        step = max(1, batch_size)
         slices = []
         for number, pattern in enumerate(patterns):
             if not pattern.any():
@@ -84,8 +87,8 @@ class MemoryCells:
             carried = tuple(m for m, has in zip(self.modalities, pattern, strict=True) if has)
             rows = np.flatnonzero(pattern_of_cell.ravel() == number)
             slices += [
-                CellSlice(carried, rows[start : start + step])
-                for start in range(0, len(rows), step)
+                CellSlice(carried, rows[start : start + batch_size])
+                for start in range(0, len(rows), batch_size)
             ]
         return slices
 
@@ -171,9 +174,8 @@ def _align_part(
     names = name_columns(part.adata, var, column)
     modality = trained_model.modalities[name]
     used = part.find_columns(var)
-    least = MIN_KNOWN_IN_MEMORY if choices.min_known is None else choices.min_known
     used_names = respell_regions([names[i] for i in used], modality.features)
-    used_places, warning = align_features(where, used_names, modality, least)
+    used_places, warning = align_features(where, used_names, modality, choices.min_known)
     places = np.full(len(names), -1, np.int32)
     places[used] = used_places
     if warning is not None:

@@ -17,6 +17,7 @@ import pandas as pd
 from clue_dist.errors import DataError, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.kinds import TYPE_COLUMNS, find_kinds, match_alias
+from clue_dist.number_checks import require_number
 from clue_dist.store.region_names import respell_regions
 from clue_dist.store.unique_names import make_names_unique
 
@@ -33,7 +34,10 @@ class MemoryChoices:
     layer: str | Mapping[str, str] | None = None
     feature_ids: str | Mapping[str, str] | None = None
     batch_key: str | Sequence[str] | None = None
-    min_known: float | None = None
+    min_known: float = MIN_KNOWN_IN_MEMORY
+
+    def __post_init__(self) -> None:
+        require_number("min_known", self.min_known, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from clue_dist.files import parse_path
 from clue_dist.inference.cells.memory_cells import collect_memory_cells
 from clue_dist.inference.cells.memory_obs import list_obs_columns
 from clue_dist.inference.cells.named_counts import (
+    MIN_KNOWN_IN_MEMORY,
     MemoryChoices,
     list_chosen,
     name_parts,
@@ -102,7 +103,8 @@ def open_cells(
     source, modalities = open_source(source), list_chosen(modalities)
     if isinstance(source, Store):
         return _open_store_cells(source, trained_model, modalities, min_known)
-    choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, min_known)
+    least = MIN_KNOWN_IN_MEMORY if min_known is None else min_known
+    choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, least)
     return collect_memory_cells(source, trained_model, choices)
 
 

@@ -14,6 +14,7 @@ from clue_dist.data.assembly import read_batch
 from clue_dist.data.batch import Batch
 from clue_dist.errors import StoreError, format_count, list_names
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.number_checks import require_number
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 
@@ -104,8 +105,10 @@ class StoreCells:
             batch_size: cells of a slice, rounded down to whole blocks, at least one.
 
         Raises:
+            ConfigError: `batch_size` is no such number.
             StoreError: no cells.
         """
+        require_number("batch_size", batch_size, 1, whole=True)
         block_cells = self.store.manifest.block_cells
         step = max(1, batch_size // block_cells) * block_cells
         slices: list[SegmentSlice] = []
