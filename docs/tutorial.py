@@ -73,8 +73,8 @@ run
 # ## Embed the cells
 #
 # `embed` writes the embedding of each cell into `test`: `test.obsm["X_clue"]` from everything that
-# was observed in a cell, `test["rna"].obsm["X_clue"]` from its RNA alone. All share one space, so
-# we can draw each test cell twice: once by its RNA and once by its proteins.
+# was observed in a cell, `test["rna"].obsm["X_clue"]` from its RNA alone. Modalities share one
+# space, so we can draw each test cell twice: once by its RNA and once by its proteins.
 
 # %%
 run.embed(test)

@@ -44,6 +44,9 @@ class Projection:
             total.index_add_(0, batch.modalities[m].rows, alone[m])
         return total / batch.observed.sum(1, keepdim=True), alone
 
+    def reweigh_as_joint(self, alone: Tensor) -> Tensor:
+        return alone
+
     def embed_batch_with_variance(
         self, batch: Batch, per_modality: bool = True
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:

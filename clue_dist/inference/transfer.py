@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from clue_dist.errors import ConfigError, DataError, format_count, list_names, suggest_names
 from clue_dist.inference.cells import Cells
@@ -125,12 +126,13 @@ def _view_reference(
     pattern: str,
     batch_size: int,
 ) -> np.ndarray:
-    """z of the reference cells from the modalities of a pattern alone, NaN where they lack one.
+    """z of the reference cells as if each had the modalities of a pattern, NaN where it lacks one.
 
     Of cells that are embedded already, those that carry more have no such z: it needs their counts.
     """
     if pattern in known.alone:
-        return known.alone[pattern]
+        alone = torch.from_numpy(known.alone[pattern])
+        return trained_model.model.reweigh_as_joint(alone).numpy()
     sources = set(pattern.split("+"))
     carry_more = any(sources < set(cells.modalities) for cells in known.slices)
     if isinstance(reference, ReferenceCells) or not carry_more:

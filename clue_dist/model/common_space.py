@@ -4,7 +4,8 @@ Contrast alone ranks the profiles of one modality for those of another, and leav
 apart: a modality keeps directions of z that another cannot tell, and a posterior mean shrinks where
 little is told. So z is compared in the directions that modalities tell together (canonical
 correlation analysis, Hotelling, 1936; of K sets as in Kettenring, 1971, MAXVAR), where every
-modality varies alike, and a direction counts as much as the modalities agree on it.
+modality varies alike, and a direction counts as much as the modalities agree on it: between
+profiles of different modalities by a power of their agreement, in the joint z by the root of that.
 
 Shapes: B cells, K modalities, a aligned dimensions of each z_k, D = K * a, R directions.
 """
@@ -12,7 +13,7 @@ Shapes: B cells, K modalities, a aligned dimensions of each z_k, D = K * a, R di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -24,14 +25,12 @@ from clue_dist.model.batch_means import compute_batch_means
 from clue_dist.model.posterior import LEAST_NATS
 
 MOST_DIRECTIONS = 128
-# Of cells that were not trained on, two modalities are taken to correlate as the fitted ones do to
-# this power, since encoders know the pairs that they were trained on.
-UNSEEN_POWER = 1.5
 FEWEST_PAIRED = 20  # cells with which two modalities are compared
 FEWEST_CHOOSING = 50  # held-out cells of two modalities, with which something is chosen by them
 # Where variance between biological batches counts more than that within, batches mix better. Ten
 # times as much would not be safe: batches may hold other cell types.
 BATCH_WEIGHT = 3.0
+JOINT_POLE = 1.0  # the constant's length in the joint, see `CommonSpace.set_directions`
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,7 @@ class Directions:
 
     mean: Tensor  # (K, D), of z scaled to length 1
     rotation: Tensor  # (K, D, R), z less its mean -> coordinates, of unit variance without a ridge
-    # (K, K, R), of two modalities' coordinates over the cells that have both. Modalities that no
-    # cell has together are taken to agree as much as the others do.
-    covariance: Tensor
+    variance: Tensor  # (R,), of coordinates, the mean over modalities
     agreement: Tensor  # (R,), the mean covariance of two different modalities, at least 0
 
 
@@ -61,15 +58,16 @@ class CommonSpace(nn.Module):
         k, r = n_modalities, min(n_dimensions, MOST_DIRECTIONS)
         self.register_buffer("mean", torch.zeros(k, n_dimensions))
         self.register_buffer("rotation", torch.zeros(k, n_dimensions, r))
-        self.register_buffer("covariance", torch.zeros(k, k, r))
-        self.register_buffer("weight", torch.zeros(r))  # of directions; the last is the constant
+        # Of directions, between profiles and in the joint; the last is the constant.
+        self.register_buffer("weight", torch.zeros(r))
+        self.register_buffer("joint_weight", torch.zeros(r))
         self.register_buffer("expert_weight", torch.ones(k))  # of each modality in the joint
         self.mean: Tensor
         self.rotation: Tensor
-        self.covariance: Tensor
         self.weight: Tensor
+        self.joint_weight: Tensor
         self.expert_weight: Tensor
-        self.register_load_state_dict_pre_hook(_rename_former_buffer)
+        self.register_load_state_dict_pre_hook(_convert_former_buffers)
 
     @property
     def is_fitted(self) -> bool:
@@ -86,25 +84,23 @@ class CommonSpace(nn.Module):
     ) -> None:
         """Take over fitted directions.
 
+        Who looks for the other profile of a cell expects of each coordinate what agrees. The joint
+        asks which cells are alike. There a direction counts by the root: where two modalities
+        correlate by r, they tell r of each other, but root r of what they share.
+
         Args:
             directions: as `find_directions` finds them.
-            exponent: the power of its agreement that a direction counts by.
-            pole: length of the constant coordinate, as a multiple of that which a cell's other
-                coordinates have on average, see `weigh_directions`.
+            exponent: the power of its agreement that a direction counts by between profiles.
+            pole: length of the constant coordinate between profiles, as a multiple of that which a
+                cell's other coordinates have on average, see `weigh_profiles`.
             nats: (K,), that each modality tells of its own z_k, the mean over cells. A joint weighs
                 modalities by them, as a generalised product of experts (Cao and Fleet, 2014).
         """
         self.mean.copy_(directions.mean)
         self.rotation.copy_(directions.rotation)
-        deviation = directions.covariance.diagonal().movedim(-1, 0).clamp_min(1e-12).sqrt()
-        scale = deviation[:, None] * deviation[None]  # (K, K, R)
-        correlation = (directions.covariance / scale).clamp(0, 1)
-        self.covariance.copy_(scale * correlation**UNSEEN_POWER)
         weight = directions.agreement**exponent
-        # The last direction, on which modalities agree least, gives its place to the constant.
-        variance = directions.covariance.diagonal().mean(1)[:-1]  # the mean over modalities
-        weight[-1] = pole * (variance * weight[:-1] ** 2).sum().sqrt()
-        self.weight.copy_(weight)
+        self.weight.copy_(_add_constant(weight, directions.variance, pole))
+        self.joint_weight.copy_(_add_constant(weight.sqrt(), directions.variance, JOINT_POLE))
         self.expert_weight.copy_(nats.clamp_min(LEAST_NATS))
 
     def project_experts(self, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,28 +126,26 @@ class CommonSpace(nn.Module):
         """Variances of the coordinates that `project_expert` gives: (n, D) each -> (n, R)."""
         return (variance / _measure_length(mean) ** 2) @ self.rotation[source] ** 2
 
-    def join_experts(self, coordinates: Tensor, variance: Tensor, observed: Tensor) -> Tensor:
-        """The product of the observed modalities' Gaussians, scaled to vary as one of them does.
+    def join_experts(self, coordinates: Tensor, observed: Tensor) -> Tensor:
+        """The mean of what the observed modalities say, weighted by what each tells in all.
 
-        A mean over several modalities varies less than one of them. Without the scale, cells would
-        lie together by what was measured of them.
+        Posterior variances by cell and direction do not enter: with them the joint separated cell
+        types less well.
 
         Args:
             coordinates: (B, K, R), as `project_experts` gives them.
-            variance: (B, K, R).
             observed: (B, K) bool.
 
         Returns:
             (B, R).
         """
-        share = self._share_joint(variance, observed)
-        return (share * coordinates).sum(1) * self._scale_joint(share)
+        return (self._share_joint(observed) * coordinates).sum(1)
 
     def estimate_variance(self, coordinates: Tensor, variance: Tensor, observed: Tensor) -> Tensor:
         """The variance of the joint coordinates as they are shown, of length 1.
 
-        It is that of the product of Gaussians of `join_experts`, where powers sum to 1, carried on
-        to first order through the weights of directions and the scaling to length 1.
+        Modalities are taken to err together, so that two are no surer than one. The variance is
+        carried on to first order through the weights of directions and the scaling to length 1.
 
         Args:
             coordinates: (B, K, R), as `project_experts` gives them.
@@ -161,49 +155,63 @@ class CommonSpace(nn.Module):
         Returns:
             (B, R); 0 for the constant.
         """
-        weight = observed * self.expert_weight
-        power = (weight / weight.sum(1, keepdim=True).clamp_min(1e-12))[:, :, None]
-        share = self._share_joint(variance, observed)
-        scale = self._scale_joint(share)
-        of_product = 1 / (power / variance.clamp_min(1e-12)).sum(1).clamp_min(1e-12)
-        return self.carry_variance((share * coordinates).sum(1) * scale, of_product * scale**2)
+        spread = (self._share_joint(observed) * variance.sqrt()).sum(1) ** 2
+        return self.carry_variance(self.join_experts(coordinates, observed), spread)
 
     def carry_variance(self, coordinates: Tensor, variance: Tensor) -> Tensor:
-        """Carry a variance on to first order through `weigh_directions`: (B, R) each."""
-        weighted = variance * self.weight**2
+        """Carry a variance on to first order through `weigh_joint`: (B, R) each."""
+        weighted = variance * self.joint_weight**2
         weighted[..., -1] = 0
-        constant = self.weight[-1].expand(len(coordinates), 1)
-        length = torch.cat([coordinates[..., :-1] * self.weight[:-1], constant], -1).norm(
+        constant = self.joint_weight[-1].expand(len(coordinates), 1)
+        length = torch.cat([coordinates[..., :-1] * self.joint_weight[:-1], constant], -1).norm(
             dim=-1, keepdim=True
         )
         # The derivative of x / |x| is (1 - u u^T) / |x|, where u is the unit vector.
-        square = self.weigh_directions(coordinates) ** 2
+        square = self.weigh_joint(coordinates) ** 2
         spread = weighted * (1 - 2 * square) + square * (square * weighted).sum(-1, keepdim=True)
         return spread.clamp_min(0) / length.clamp_min(1e-12) ** 2
 
-    def _share_joint(self, variance: Tensor, observed: Tensor) -> Tensor:
-        """What share of the joint each observed modality has, (B, K, R)."""
-        precision = (observed * self.expert_weight)[:, :, None] / variance.clamp_min(1e-12)
-        return precision / precision.sum(1, keepdim=True).clamp_min(1e-12)
+    def _share_joint(self, observed: Tensor) -> Tensor:
+        """What share of the joint each observed modality has, (B, K, 1)."""
+        weight = observed * self.expert_weight
+        return (weight / weight.sum(1, keepdim=True).clamp_min(1e-12))[:, :, None]
 
-    def _scale_joint(self, share: Tensor) -> Tensor:
-        """The factor by which a joint varies as one modality does, (B, R)."""
-        # Source by source: one product of all three would be made of tiny matrices.
-        mixed = [(share * covariance).sum(1) for covariance in self.covariance]  # (B, R) each
-        variance_of_joint = (share * torch.stack(mixed, 1)).sum(1)
-        variance_of_one = (share * self.covariance.diagonal().T).sum(1)
-        return (variance_of_one / variance_of_joint.clamp_min(1e-12)).sqrt()
-
-    def weigh_directions(self, coordinates: Tensor) -> Tensor:
-        """Weigh directions by agreement, and scale to length 1: (..., R) -> (..., R).
+    def weigh_profiles(self, coordinates: Tensor) -> Tensor:
+        """Weigh what one modality says by agreement, scaled to length 1: (..., R) -> (..., R).
 
         The last coordinate becomes a constant. The shorter the others are, the less is told of a
         cell. With the constant such cells lie together at a pole of the sphere, and length counts;
         without, they lie anywhere, as the direction of a short vector is chance.
         """
-        weighted = coordinates[..., :-1] * self.weight[:-1]
-        constant = self.weight[-1].to(weighted.dtype).expand(*weighted.shape[:-1], 1)
-        return F.normalize(torch.cat([weighted, constant], -1), dim=-1)
+        return _weigh_coordinates(coordinates, self.weight)
+
+    def weigh_joint(self, coordinates: Tensor) -> Tensor:
+        """Weigh joint coordinates as `weigh_profiles` does, but by the weights of the joint."""
+        return _weigh_coordinates(coordinates, self.joint_weight)
+
+    def reweigh_as_joint(self, profiles: Tensor) -> Tensor:
+        """Weigh as a joint what `weigh_profiles` gave: (..., R) -> (..., R).
+
+        The constant, if it is above 0, tells how long coordinates were before they were scaled.
+        """
+        ratio = self.joint_weight / self.weight.clamp_min(1e-12)
+        return F.normalize(profiles * ratio.to(profiles.device), dim=-1)
+
+
+def _add_constant(weight: Tensor, variance: Tensor, pole: float) -> Tensor:
+    """Weights of directions (R,), with the constant, `pole` times as long as a cell is on average.
+
+    The last direction, on which modalities agree least, gives its place to it.
+    """
+    constant = pole * (variance[:-1] * weight[:-1] ** 2).sum().sqrt()
+    return torch.cat([weight[:-1], constant[None]])
+
+
+def _weigh_coordinates(coordinates: Tensor, weight: Tensor) -> Tensor:
+    """Weigh coordinates (..., R), with the constant as the last, and scale them to length 1."""
+    weighted = coordinates[..., :-1] * weight[:-1]
+    constant = weight[-1].to(weighted.dtype).expand(*weighted.shape[:-1], 1)
+    return F.normalize(torch.cat([weighted, constant], -1), dim=-1)
 
 
 def _measure_length(mean: Tensor) -> Tensor:
@@ -211,16 +219,21 @@ def _measure_length(mean: Tensor) -> Tensor:
     return mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def _rename_former_buffer(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
-    """Take the weights of experts from where an earlier version kept them.
+def _convert_former_buffers(
+    _: nn.Module, state: dict[str, Tensor], prefix: str, *__: object
+) -> None:
+    """Convert what earlier versions kept.
 
-    It had no constant coordinate: 0 takes the place of the weight of its last direction.
+    One had other weights of experts and no constant coordinate: 0 takes the place of the weight of
+    its last direction. Until there were weights of the joint, it had those of profiles.
     """
     if prefix + "root_nats" in state:
         state[prefix + "expert_weight"] = state.pop(prefix + "root_nats")
         weight = state[prefix + "weight"].clone()
         weight[-1] = 0
         state[prefix + "weight"] = weight
+    if state.pop(prefix + "covariance", None) is not None:
+        state.setdefault(prefix + "joint_weight", state[prefix + "weight"])
 
 
 def find_directions(
@@ -262,12 +275,12 @@ def find_directions(
     white = torch.einsum("nkd,kdr->nkr", within, whitening)
     rotation = _rotate_to_agreement(white, observed, together)
     coordinates = torch.einsum("nkr,krs->nks", white, rotation)
-    covariance, agreement = _compare_coordinates(coordinates, observed, together)
+    variance, agreement = _compare_coordinates(coordinates, observed, together)
     order = agreement.argsort(descending=True)
     return Directions(
         centre,
         (whitening @ rotation)[..., order],
-        covariance[..., order],
+        variance[order],
         agreement[order].clamp_min(0),
     )
 
@@ -337,18 +350,19 @@ def _rotate_to_agreement(white: Tensor, observed: Tensor, together: Tensor) -> T
 def _compare_coordinates(
     coordinates: Tensor, observed: Tensor, together: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Covariances of all modalities by direction, (K, K, R), and their mean over pairs, (R,).
+    """By direction: the mean variance of modalities, and the mean covariance of two, (R,) each.
 
-    In the mean a pair of modalities counts by its cells.
+    In the mean covariance a pair of modalities counts by its cells.
     """
     k, r = coordinates.shape[1:]
-    covariance, is_known = coordinates.new_zeros(k, k, r), torch.eye(k, dtype=torch.bool)
-    for first, second in combinations_with_replacement(range(k), 2):
+    variance = torch.stack(
+        [(coordinates[observed[:, modality], modality] ** 2).mean(0) for modality in range(k)]
+    )
+    agreement, n_cells = coordinates.new_zeros(r), together.new_zeros(())
+    for first, second in combinations(range(k), 2):
         if together[first, second]:
             both = observed[:, first] & observed[:, second]
-            value = (coordinates[both, first] * coordinates[both, second]).mean(0)
-            covariance[first, second] = covariance[second, first] = value
-            is_known[first, second] = is_known[second, first] = True
-    weight = together.masked_fill(torch.eye(k, dtype=torch.bool), 0)[:, :, None]
-    agreement = (covariance * weight).sum((0, 1)) / weight.sum()
-    return torch.where(is_known[:, :, None], covariance, agreement), agreement
+            covariance = (coordinates[both, first] * coordinates[both, second]).mean(0)
+            agreement = agreement + together[first, second] * covariance
+            n_cells = n_cells + together[first, second]
+    return variance.mean(0), agreement / n_cells

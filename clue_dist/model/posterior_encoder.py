@@ -113,7 +113,8 @@ class PosteriorEncoder(nn.Module):
 
         Aligned dimensions hold the coordinates of the common space, of length 1, of which the last
         is a constant, and 0 beyond them; without a fitted space, as with one modality, they hold
-        posterior means of the aligned z.
+        posterior means of the aligned z. The space weighs directions otherwise in z from
+        everything observed than in z from each modality alone, also of a cell with one modality.
         Private dimensions hold posterior means, scaled by `private_scale`, and 0 where their
         modality was not read.
 
@@ -140,19 +141,23 @@ class PosteriorEncoder(nn.Module):
         source, rows = self.modalities.index(name), batch.modalities[name].rows
         mean, *log_var = self._apply_folded_norms(name, components, with_variance)
         aligned, private = mean.split([self.n_aligned, self.n_private], -1)
-        coordinates = None
+        coordinates, joint_aligned = None, aligned
         if self.space.is_fitted:
             coordinates = self.space.project_expert(aligned.flatten(1), source)
-            aligned = self._show_coordinates(coordinates)
-        latent = torch.cat([aligned, self._show_private(private, source)], -1).flatten(1)
+            aligned = self._pad_coordinates(self.space.weigh_profiles(coordinates))
+            joint_aligned = self._pad_coordinates(self.space.weigh_joint(coordinates))
+        private = self._show_private(private, source)
+        joint, alone = (
+            torch.cat([shown, private], -1).flatten(1) for shown in (joint_aligned, aligned)
+        )
         variance = None
         if log_var:
             variance = self._show_lone_variance(mean, log_var[0], source, coordinates)
-        empty = latent.new_full((batch.n_cells, latent.shape[1]), torch.nan)
+        empty = joint.new_full((batch.n_cells, joint.shape[1]), torch.nan)
         if variance is not None:
             variance = empty.index_copy(0, rows, variance)
-        joint = empty.index_copy(0, rows, latent)
-        return joint, {name: latent} if per_modality else {}, variance
+        joint = empty.index_copy(0, rows, joint)
+        return joint, {name: alone} if per_modality else {}, variance
 
     def _show_lone_variance(
         self, mean: Tensor, log_var: Tensor, source: int, coordinates: Tensor | None
@@ -191,14 +196,16 @@ class PosteriorEncoder(nn.Module):
         """Do as `read_latents` does, given what `_project_experts` gives."""
         a, joint = self.n_aligned, posterior.joint_mean[..., : self.n_aligned]
         if projected is not None:
-            joint = self._show_coordinates(self.space.join_experts(*projected, batch.observed))
+            joint = self.space.join_experts(projected[0], batch.observed)
+            joint = self._pad_coordinates(self.space.weigh_joint(joint))
         alone = {}
         for source, name in enumerate(self.modalities if per_modality else ()):
             if name in batch.modalities:
                 rows = batch.modalities[name].rows
                 aligned, private = posterior.mean[rows, source].split([a, self.n_private], -1)
                 if projected is not None:
-                    aligned = self._show_coordinates(projected[0][rows, source])
+                    aligned = self.space.weigh_profiles(projected[0][rows, source])
+                    aligned = self._pad_coordinates(aligned)
                 shown = self._show_private(private, source)
                 alone[name] = torch.cat([aligned, shown], -1).flatten(1)
         private = self.private_scale * posterior.joint_mean[..., a:]
@@ -246,12 +253,22 @@ class PosteriorEncoder(nn.Module):
         shown[:, source] = self.private_scale * private[:, source]
         return shown
 
-    def _show_coordinates(self, coordinates: Tensor) -> Tensor:
-        """Coordinates as embeddings show them, of length 1: (..., R) -> (..., K, a)."""
-        return self._pad_coordinates(self.space.weigh_directions(coordinates))
+    def reweigh_as_joint(self, alone: Tensor) -> Tensor:
+        """Make z of a cell with one modality of z from that modality alone, (n, K * d) each.
+
+        `embed_batch` makes the same from counts.
+        """
+        if not self.space.is_fitted:
+            return alone
+        aligned, private = alone.unflatten(1, (len(self.modalities), -1)).split(
+            [self.n_aligned, self.n_private], -1
+        )
+        coordinates = aligned.flatten(1)[:, : len(self.space.weight)]
+        aligned = self._pad_coordinates(self.space.reweigh_as_joint(coordinates))
+        return torch.cat([aligned, private], -1).flatten(1)
 
     def _pad_coordinates(self, coordinates: Tensor) -> Tensor:
-        """(..., R) -> (..., K, a), 0 beyond the directions of the common space."""
+        """Coordinates as embeddings show them, (..., R) -> (..., K, a), 0 beyond the directions."""
         k, a = len(self.modalities), self.n_aligned
         return F.pad(coordinates, (0, k * a - coordinates.shape[-1])).unflatten(-1, (k, a))
 

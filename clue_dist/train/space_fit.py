@@ -33,7 +33,9 @@ from clue_dist.train.trainer import Trainer
 # that a direction counts by. With a large ridge agreement is no correlation any more but a
 # covariance, which grows with the variance of the direction, too, so that a smaller power will do.
 SMOOTHINGS = (0.05, 1.5), (0.3, 1.5), (1.0, 1.5), (3.0, 1.0), (10.0, 0.5)
-POLES = 0.0, 1.0, 2.0  # lengths of the constant coordinate, see `CommonSpace.weigh_directions`
+# Lengths of the constant coordinate, see `CommonSpace.weigh_profiles`. The least hardly counts, but
+# tells how long a cell's coordinates were, see `CommonSpace.reweigh_as_joint`.
+POLES = 0.1, 1.0, 2.0
 # With too few held-out pairs nothing is chosen, and the defaults are taken. The noise of a
 # covariance falls with the number of pairs and grows with that of dimensions, so the ridge does.
 DEFAULT_RIDGE = 8.0  # where there are as many training pairs as dimensions
@@ -187,7 +189,7 @@ def _score_candidate(held_out: EncodedCells, candidate: FittedSpace) -> float:
         if len(cells) >= FEWEST_CHOOSING:
             cells = thin_cells(cells)
             coordinates, _ = space.project_experts(mean[cells], torch.zeros_like(mean[cells]))
-            first, second = space.weigh_directions(coordinates)[:, pair].unbind(1)
+            first, second = space.weigh_profiles(coordinates)[:, pair].unbind(1)
             scores.append([compute_foscttm(first, second), measure_mixing(first, second)])
     foscttm, mixing = np.mean(scores, 0)
     return float(foscttm / max(mixing, LEAST_MIXING))

@@ -270,9 +270,9 @@ def test_an_embedding_is_read_off_the_posterior_that_training_infers(
 
 def fit_space(clue: CLUE) -> None:
     """A common space of random directions."""
-    for buffer in (clue.space.mean, clue.space.rotation, clue.space.weight):
+    space = clue.space
+    for buffer in (space.mean, space.rotation, space.weight, space.joint_weight):
         buffer.copy_(draw(*buffer.shape))
-    clue.space.covariance.fill_(0.5).diagonal().fill_(1)
 
 
 def unsettle_norms(trunk: Trunk) -> None:

@@ -76,7 +76,7 @@ def fit_space(
 def place_cells(space: CommonSpace, mean: Tensor) -> Tensor:
     """(B, K, R), of length 1."""
     coordinates, _ = space.project_experts(mean, torch.zeros_like(mean))
-    return space.weigh_directions(coordinates)
+    return space.weigh_profiles(coordinates)
 
 
 def share_of_other_modality(first: Tensor, second: Tensor, neighbours: int = 30) -> float:
@@ -100,7 +100,6 @@ def test_two_modalities_meet_in_canonical_correlations() -> None:
     crossed = np.cov(z[:, 0].T, z[:, 1].T, bias=True)[:D, D:]
     expected = np.linalg.svd(roots[0] @ crossed @ roots[1], compute_uv=False)
     np.testing.assert_allclose(directions.agreement, expected, atol=1e-6)
-    np.testing.assert_allclose(directions.covariance[0, 1], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -175,37 +174,43 @@ def test_a_modality_that_explains_nothing_counts_for_less_in_the_joint() -> None
 def test_a_joint_of_one_modality_is_that_modality() -> None:
     mean = draw_modalities(100)
     space = fit_space(mean, torch.ones(100, 2, dtype=torch.bool))
-    coordinates, variance = space.project_experts(mean, draw(100, 2, D))
+    coordinates, _ = space.project_experts(mean, draw(100, 2, D))
     observed = torch.tensor([[True, False]]).expand(100, 2)
-    torch.testing.assert_close(
-        space.join_experts(coordinates, variance, observed), coordinates[:, 0]
-    )
+    torch.testing.assert_close(space.join_experts(coordinates, observed), coordinates[:, 0])
 
 
-@pytest.mark.parametrize(("ridge", "exponent"), [(0.05, 1.0), (1.0, 1.0)])
-def test_the_joint_varies_as_a_single_modality_does(ridge: float, exponent: float) -> None:
-    """Else cells would lie together by what was measured of them."""
+def test_the_modality_that_tells_more_has_more_say() -> None:
+    space = fit_space(draw_modalities(100), torch.ones(100, 2, dtype=torch.bool))
+    space.expert_weight.copy_(torch.tensor([3.0, 1.0]))
+    coordinates = draw(3, 2, D)
+    observed = torch.tensor([[True, True], [True, False], [False, True]])
+    joint = space.join_experts(coordinates, observed)
+    expected = [coordinates[0].T @ torch.tensor([0.75, 0.25]), coordinates[1, 0], coordinates[2, 1]]
+    torch.testing.assert_close(joint, torch.stack(expected))
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.5])
+def test_a_direction_counts_in_the_joint_by_the_root(exponent: float) -> None:
     mean, observed = draw_modalities(), torch.ones(N, 2, dtype=torch.bool)
-    space = fit_space(mean, observed, exponent, ridge)
-    equally_sure = 2 * mean.norm(dim=-1, keepdim=True).log().expand_as(mean)
-    coordinates, variance = space.project_experts(mean, equally_sure)
-    joint = space.join_experts(coordinates, variance, observed)
-    spread = (joint**2).mean(0) / (coordinates**2).mean((0, 1))
-    told = space.weight > space.weight[3] * 0.9  # without what is noise in the ridge's shade
-    assert told.sum() == 4
-    assert ((spread[told] - 1).abs() < 0.1).all()
+    directions = find_directions(mean, observed, 0.05)
+    assert directions is not None
+    space = fit_space(mean, observed, exponent)
+    agreement = directions.agreement[:-1].float()
+    torch.testing.assert_close(space.weight[:-1], agreement**exponent)
+    torch.testing.assert_close(space.joint_weight[:-1], agreement ** (exponent / 2))
+    # The constant is as long as the other coordinates of a cell are on average.
+    coordinates, _ = space.project_experts(mean, torch.zeros_like(mean))
+    length = (coordinates[..., :-1] * space.joint_weight[:-1]).square().sum(-1).mean().sqrt()
+    torch.testing.assert_close(space.joint_weight[-1], length, rtol=1e-3, atol=0)
 
 
-def test_the_surer_modality_has_more_say() -> None:
-    mean, observed = draw_modalities(100), torch.ones(100, 2, dtype=torch.bool)
-    space = fit_space(mean, observed)
-    log_var = torch.zeros(100, 2, D)
-    log_var[:, 1] = 5.0  # the second modality knows little
-    joint = space.join_experts(*space.project_experts(mean, log_var), observed)
-    coordinates, _ = space.project_experts(mean, log_var)
-    told = space.weight > 0.25
-    gap = (joint[:, None, told] - coordinates[..., told]).norm(dim=-1).mean(0)
-    assert gap[0] < gap[1] / 5
+@pytest.mark.parametrize("pole", [0.1, 2.0])
+def test_profiles_are_weighed_anew_as_a_joint_of_their_own(pole: float) -> None:
+    space = fit_space(draw_modalities(), torch.ones(N, 2, dtype=torch.bool), pole=pole)
+    coordinates = draw(50, D, seed=1)
+    found = space.reweigh_as_joint(space.weigh_profiles(coordinates))
+    torch.testing.assert_close(found, space.weigh_joint(coordinates))
+    assert (found - space.weigh_profiles(coordinates)).abs().max() > 0.1
 
 
 def test_too_few_pairs_fit_nothing() -> None:
@@ -330,7 +335,7 @@ def test_with_the_constant_cells_of_which_little_is_told_lie_together() -> None:
     spread = []
     for pole in (0.0, 1.0):
         space = fit_space(mean, observed, pole=pole)
-        z = space.weigh_directions(coordinates)
+        z = space.weigh_profiles(coordinates)
         torch.testing.assert_close(z.norm(dim=1), torch.ones(200))
         spread.append([float(torch.pdist(part).mean()) for part in (z[:100], z[100:])])
     (little_without, _), (little, much) = spread
@@ -354,7 +359,7 @@ def test_held_out_pairs_choose_whether_length_counts(length_tells: bool) -> None
         )
 
     fitted = choose(draw_views(1000, 3), draw_views(300, 5))
-    assert (fitted.pole > 0) == length_tells
+    assert (fitted.pole >= 1) == length_tells
 
 
 def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
@@ -381,11 +386,12 @@ def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
     for z in (joint, *alone.values()):
         aligned = z.unflatten(1, (3, -1))[..., :a].flatten(1)
         torch.testing.assert_close(aligned.norm(dim=1), torch.ones(len(z)))
-    # A cell of one modality lies in the joint where it lies by that modality.
+    # A cell of one modality lies in the joint where it lies by that modality, weighed otherwise.
     single = (batch.observed.sum(1) == 1) & batch.observed[:, 0]
     row = int(single.nonzero()[0])
     place = batch.modalities["m0"].rows.tolist().index(row)
-    torch.testing.assert_close(joint[row], alone["m0"][place])
+    torch.testing.assert_close(joint[row], clue.reweigh_as_joint(alone["m0"])[place])
+    assert not torch.allclose(joint[row], alone["m0"][place], atol=1e-3)
 
 
 def test_a_run_says_why_modalities_are_not_brought_to_one_space() -> None:
@@ -428,22 +434,28 @@ def test_weights_of_experts_are_found_under_their_former_name() -> None:
     torch.testing.assert_close(other.weight, torch.ones(D).index_fill(0, torch.tensor([D - 1]), 0))
 
 
-def test_the_variance_of_the_joint_is_that_of_its_product_of_gaussians():
-    """Against draws: a product of Gaussians, scaled, weighed by direction, of length 1."""
+def test_weights_of_the_joint_were_once_those_of_profiles() -> None:
+    space = fit_space(draw_modalities(), torch.ones(N, 2, dtype=torch.bool))
+    state = space.state_dict()
+    del state["joint_weight"]
+    state["covariance"] = torch.ones(2, 2, D)
+    other = CommonSpace(2, D)
+    other.load_state_dict(state)
+    assert torch.equal(other.joint_weight, space.weight)
+    profiles = space.weigh_profiles(draw(50, D))
+    torch.testing.assert_close(other.reweigh_as_joint(profiles), profiles)
+
+
+def test_the_variance_of_the_joint_is_that_of_modalities_that_err_together() -> None:
+    """Against draws: a weighted mean, weighed by direction, of length 1."""
     torch.manual_seed(0)
     space = CommonSpace(2, 6)
-    space.weight.copy_(torch.tensor([0.9, 0.7, 0.5, 0.3, 0.2, 0.4]))
-    space.covariance.copy_(0.2 * torch.rand(2, 2, 6) + torch.eye(2)[:, :, None])
+    space.joint_weight.copy_(torch.tensor([0.9, 0.7, 0.5, 0.3, 0.2, 0.4]))
     space.expert_weight.copy_(torch.tensor([3.0, 1.0]))
     coordinates = torch.randn(3, 2, 6)
     variance = 1e-4 * (0.5 + torch.rand(3, 2, 6))
     observed = torch.tensor([[True, True], [True, False], [False, True]])
     found = space.estimate_variance(coordinates, variance, observed)
-    weight = observed * space.expert_weight
-    power = (weight / weight.sum(1, keepdim=True))[:, :, None]
-    of_product = 1 / (power / variance).sum(1)
-    share = space._share_joint(variance, observed)
-    mean, scale = (share * coordinates).sum(1), space._scale_joint(share)
-    draws = mean + of_product.sqrt() * torch.randn(20_000, 3, 6)
-    expected = space.weigh_directions(draws * scale).var(0)
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=1e-9)
+    errors = torch.randn(20_000, 3, 1, 6) * variance.sqrt()
+    draws = [space.weigh_joint(space.join_experts(coordinates + e, observed)) for e in errors]
+    torch.testing.assert_close(found, torch.stack(draws).var(0), rtol=0.05, atol=1e-9)
