@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
 
 from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store import layout
@@ -27,7 +30,7 @@ from data_prep.jobs.workers import WorkerPool
 from data_prep.options import FeatureChoice, ObsColumns, Pairing
 from data_prep.readers.fragments import ConversionInput, count_fragments
 from data_prep.readers.listed_cells import keep_listed_cells
-from data_prep.readers.source import OpenedSource, Source
+from data_prep.readers.source import OpenedSource, Source, count_probed_rows
 
 
 @dataclass(frozen=True)
@@ -121,24 +124,45 @@ def plan_cells(
 
 
 def _refuse_equal_modalities(sources: Sequence[OpenedSource], plan: FeaturePlan) -> None:
-    """Refuse two modalities that are the same features of one file."""
-    modality_of: dict[str, str] = {}
-    for source, _ in sources:
-        matrix = json.dumps(source.describe_identity() | {"modality": None}, default=str)
-        other = modality_of.setdefault(matrix, source.modality)
-        is_other = other != source.modality
-        if (
-            is_other
-            and plan.modalities[other].features == plan.modalities[source.modality].features
-        ):
-            raise DataError(
-                "two modalities are the same values of one file",
-                where=source.display_name,
-                got=f"{other}, {source.modality}",
-                expected="a file, a part of the file, a layer or a list of features for each",
-                fix=f"correct the file of {source.modality}; `python -m data_prep doctor "
-                f"{source.display_name}` lists the parts of this one",
-            )
+    """Refuse two modalities that are the same values of the same features."""
+    sources_of = {
+        name: [opened for opened in sources if opened.source.modality == name]
+        for name in plan.modalities
+    }
+    for first, second in itertools.combinations(sources_of, 2):
+        if plan.modalities[first].features != plan.modalities[second].features:
+            continue
+        for one, other in itertools.product(sources_of[first], sources_of[second]):
+            if _is_same_matrix(one.source, other.source) or _begin_alike(one, other):
+                raise DataError(
+                    "two modalities are the same values",
+                    where=other.source.display_name,
+                    got=f"{first}, {second}",
+                    expected="a file, a part of a file, a layer or a list of features for each",
+                    fix=f"correct the file of {second}; `python -m data_prep doctor "
+                    f"{other.source.display_name}` lists the parts of this one",
+                )
+
+
+def _is_same_matrix(one: Source, other: Source) -> bool:
+    """Whether two sources are one matrix of one file."""
+    return (one.describe_identity() | {"modality": None}) == (
+        other.describe_identity() | {"modality": None}
+    )
+
+
+def _begin_alike(one: OpenedSource, other: OpenedSource) -> bool:
+    """Whether two sources begin with the same values of the same cells, as copies do."""
+    n_rows = count_probed_rows(one.head)
+    is_alike = one.head.features == other.head.features and np.array_equal(
+        one.head.barcodes[:n_rows], other.head.barcodes[:n_rows]
+    )
+    # The first rows of other forms are found once the whole file is read.
+    if not is_alike or one.source.count_parts() or other.source.count_parts():
+        return False
+    rows = sp.csr_matrix(one.source.read_rows(0, n_rows, Path()))
+    other_rows = sp.csr_matrix(other.source.read_rows(0, n_rows, Path()))
+    return bool(rows.count_nonzero() and (rows != other_rows).nnz == 0)
 
 
 def _open_sources(sources: Sequence[Source]) -> list[OpenedSource]:

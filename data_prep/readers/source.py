@@ -166,6 +166,11 @@ class Source(Protocol):
         ...
 
 
+def count_probed_rows(head: SourceHead) -> int:
+    """Count the rows that hold about as many values as are looked at to guess what they are."""
+    return min(max(1, PROBED_VALUES * head.n_rows // max(head.nnz, 1)), head.n_rows)
+
+
 class OpenedSource(NamedTuple):
     """A source, and its head, which has been read."""
 
@@ -189,8 +194,7 @@ class DirectSource(ABC):
 
     def probe_counts(self) -> bool:
         head = self.read_head()
-        n_rows = max(1, PROBED_VALUES * head.n_rows // max(head.nnz, 1))
-        rows = self.read_rows(0, min(n_rows, head.n_rows), Path())
+        rows = self.read_rows(0, count_probed_rows(head), Path())
         return looks_whole(rows if isinstance(rows, np.ndarray) else rows.data)
 
     @abstractmethod

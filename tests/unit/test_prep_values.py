@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anndata as ad
+import mudata as md
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +16,7 @@ from clue_dist.store.reader import Store
 from data_prep.check import check_store
 from data_prep.cli.commands import main
 from data_prep.convert import format_conversion
-from data_prep.from_python import ConversionRequest
+from data_prep.from_python import ConversionRequest, convert_cells
 from data_prep.inspect import collect_facts, format_facts
 from data_prep.readers.source import CategoryCodes
 from tests.unit.prep_helpers import (
@@ -114,6 +116,19 @@ def test_two_modalities_need_values_of_their_own(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", make_counts(20, 10))
     with pytest.raises(DataError, match=r"two modalities are the same values[\s\S]*rna, adt"):
         convert_files(tmp_path / "s.zarr", f"rna={path}", f"adt={path}")
+    copy = write_h5ad(tmp_path / "copy.h5ad", make_counts(20, 10))
+    table = ad.read_h5ad(path)
+    for cells in (
+        [f"rna={path}", f"adt={copy}"],
+        md.MuData({"rna": table, "adt": table}),
+        md.MuData({"rna": table, "adt": table.copy()}),
+    ):
+        with pytest.raises(DataError, match=r"two modalities are the same values[\s\S]*rna, adt"):
+            convert_cells(cells, tmp_path / "s.zarr", ConversionRequest())
+    # As spliced and unspliced counts have.
+    other = write_h5ad(tmp_path / "other.h5ad", make_counts(20, 10, seed=1))
+    store = convert_files(tmp_path / "o.zarr", f"rna={path}", f"adt={other}")
+    assert store.manifest.modalities["adt"].features == store.manifest.modalities["rna"].features
     lists = []
     for name, features in (("rna", "g0 g1 g2 g3 g4 g5"), ("adt", "g6 g7 g8 g9")):
         (tmp_path / f"{name}.txt").write_text(features.replace(" ", "\n"))
@@ -189,7 +204,10 @@ def test_levels_of_several_covariates_are_counted(
 
 
 def test_kinds_like_bins(tmp_path: Path) -> None:
-    files = [f"{name}={write_h5ad(tmp_path / f'{name}.h5ad', make_counts(6, 4))}" for name in "ab"]
+    files = [
+        f"{name}={write_h5ad(tmp_path / f'{name}.h5ad', make_counts(6, 4, prefix=name))}"
+        for name in "ab"
+    ]
     out = ("--workers", "1", "--out", str(tmp_path / "s.zarr"))
     _convert(*files, "--kind", "a=rna", "b=adt", *out)
     modalities = Store(tmp_path / "s.zarr").manifest.modalities
