@@ -10,7 +10,7 @@ from typing import Any
 from clue_dist.api.training_call import TrainingData, find_store_path
 from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
-from clue_dist.inference.cells import find_batch_columns, find_modality
+from clue_dist.inference.cells import find_batch_columns, find_modality, name_modalities
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.score_tables import Scores, name_scores_file
 from clue_dist.ranks import Ranks, run_on_first_rank
@@ -66,6 +66,7 @@ class EvaluationMethods:
         modality = find_modality(cells, self.trained_model, modality, feature_ids)
         if batch_key is None:
             batch_key = find_batch_columns(cells, self.trained_model.batch_vocabulary)
+        cells = name_modalities(cells, self.trained_model, modality)
         request = ConversionRequest(
             batch_key,
             label_key,

@@ -261,12 +261,30 @@ def test_the_modality_of_a_file_to_score_is_found_too(
     assert commands == [[f"adt={file}"]] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_file", [False, True])
+def test_modalities_to_score_are_found_as_for_an_embedding(
+    folder: Path, run: Run, tmp_path: Path, is_file: bool
+) -> None:
+    """Proteins have another name, and the model does not know what the guides are."""
+    mdata = read_mudata(Store(folder / "s.zarr"))
+    expected = run.evaluate(mdata)
+    rna, proteins = mdata["rna"], mdata["adt"]
+    guides = ad.AnnData(rna.X[:, :3], rna.obs, pd.DataFrame(index=["g1", "g2", "g3"]))
+    cells = md.MuData({"guides": guides, "prot": proteins, "rna": rna})
+    if is_file:
+        cells.write(tmp_path / "cells.h5mu")
+    with pytest.warns(CellWarning, match="the model does not know guides"):
+        scores = run.evaluate(tmp_path / "cells.h5mu" if is_file else cells)
+    assert scores["rna->adt"] == expected["rna->adt"]
+
+
 def test_cells_to_score_are_converted_as_fit_converts_them(
     run: Run, requests: list[ConversionRequest]
 ) -> None:
     choices = {"layer": "counts", "feature_ids": "ids", "batch_key": "donor", "label_key": "type"}
     with pytest.raises(DataError, match="enough"):
-        run.evaluate(make_mudata(20), kinds={"hto": "adt"}, modality="rna", **choices)
+        run.evaluate(make_mudata(20)["rna"], kinds={"hto": "adt"}, modality="rna", **choices)
     features = ["--features-from", str(run.folder)]
     assert requests == [
         ConversionRequest("donor", "type", "counts", "ids", {"hto": "adt"}, "rna", features)

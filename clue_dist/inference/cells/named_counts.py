@@ -47,6 +47,7 @@ class NamedCounts:
     where: str
     adata: ad.AnnData
     feature_type: str | None = None  # of the features of this modality; None: all of them
+    key: str | None = None  # what a MuData calls the modality
 
     def find_columns(self, var: pd.DataFrame) -> np.ndarray:
         """Places of the modality's features in var, that of X or of raw.X, (n,) int64."""
@@ -115,7 +116,7 @@ def _name_mudata_parts(
     if left_out := [name for name in mdata.mod if name not in found.values()]:
         warn_of_cells(f"the model does not know {list_names(left_out)}, which counts for nothing")
     parts = {
-        name: NamedCounts(f"modality {found[name]}", mdata.mod[found[name]])
+        name: NamedCounts(f"modality {found[name]}", mdata.mod[found[name]], key=found[name])
         for name in known
         if name in found
     }

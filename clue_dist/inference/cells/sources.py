@@ -207,6 +207,40 @@ def find_modality(
     return next((name for name, part in parts.items() if part.feature_type is None), None)
 
 
+def name_modalities(
+    source: CellSource | Sequence[str | Path],
+    trained_model: TrainedModel,
+    modality: str | None = None,
+) -> CellSource | Sequence[str | Path]:
+    """Name the modalities of a MuData as a model does, and leave out those that it does not know.
+
+    Args:
+        source: a MuData, or the path of an .h5mu; anything else stays as it is.
+        trained_model: the model.
+        modality: the modality that the cells are said to be, which a MuData may not be.
+
+    Returns:
+        The MuData or the path, where its names are the model's; else another MuData, or inputs as
+        `python -m data_prep convert` takes them.
+
+    Raises:
+        DataError: the model knows none of them.
+    """
+    mdata = _open_tables(source)
+    if not isinstance(mdata, md.MuData):
+        return source
+    parts = name_parts(mdata, trained_model, MemoryChoices(modality=modality))
+    keys = {name: part.key for name, part in parts.items()}
+    if {*keys.items()} == {(name, name) for name in mdata.mod}:
+        return source
+    if isinstance(source, (str, Path)):
+        return [f"{name}={source}:{key}" for name, key in keys.items()]
+    with silence_mudata(), md.set_options(pull_on_update=False):
+        named = md.MuData({name: part.adata for name, part in parts.items()})
+        named.obs = mdata.obs.loc[named.obs_names]
+    return named
+
+
 def find_batch_columns(source: object, known: BatchVocabulary) -> list[str] | None:
     """Find the columns of obs that gave a model its batches, in cells that are in no store yet.
 
