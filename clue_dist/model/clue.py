@@ -132,10 +132,11 @@ class CLUE(PosteriorEncoder):
         mixup: bool,
     ) -> CLUEOutput:
         """What follows the projections; arguments are those of `forward`."""
-        posterior = self._infer_posterior(batch, components, noise)
-        contrast, contrast_code = posterior.mean[..., : self.n_aligned], batch.batch_code
         if mixup:
-            contrast, contrast_code = self._encode_mixtures(batch, components, noise)
+            posterior, contrast, contrast_code = self._infer_with_mixtures(batch, components, noise)
+        else:
+            posterior = self._infer_posterior(batch, components, noise)
+            contrast, contrast_code = posterior.mean[..., : self.n_aligned], batch.batch_code
         z = sample_posterior(
             posterior.mean, posterior.log_var, noise.draw_normal(*posterior.mean.shape[1:])
         )
@@ -174,33 +175,57 @@ class CLUE(PosteriorEncoder):
                 shown[name] = replace(observed, profiles=counts)
         return replace(batch, modalities=shown)
 
-    def _encode_mixtures(
+    def _infer_with_mixtures(
         self, batch: Batch, components: dict[str, Tensor], noise: Noise
-    ) -> tuple[Tensor, Tensor]:
-        """The experts' aligned means for mixtures of paired cells (mixup, Zhang et al., 2018).
+    ) -> tuple[Posterior, Tensor, Tensor]:
+        """Infer the posterior of cells, and what experts say of mixtures of them, in one pass.
+
+        A cell and its mixture have the same dropout.
+
+        Returns:
+            The posterior; the experts' aligned means for mixtures, (B, K source, K target, a), of
+            which rows of unpaired cells hold values that nobody may use; and biological batches of
+            the mixtures, (B,).
+        """
+        mixed, code = self._mix_pairs(batch, components, noise)
+        rows_of_cells, rows_of_mixtures, of_cells, of_mixtures = {}, {}, {}, {}
+        for name, observed in batch.modalities.items():
+            rows, rows_of_pairs = observed.rows, observed.rows[observed.paired]
+            both = torch.cat([components[name], mixed[name]])
+            h, affine = self.get_trunk(name)(both, noise, torch.cat([rows, rows_of_pairs]))
+            cells, mixtures = h.split([len(rows), len(rows_of_pairs)], 1)
+            of_cells[name], of_mixtures[name] = (cells, affine), (mixtures, affine)
+            rows_of_cells[name], rows_of_mixtures[name] = rows, rows_of_pairs
+        experts = self._apply_heads(batch, of_cells, rows_of_cells)
+        posterior = self._combine_experts(batch, self.combine, *experts)
+        (mean,) = self._apply_heads(batch, of_mixtures, rows_of_mixtures, self.n_aligned)
+        return posterior, mean, code
+
+    def _mix_pairs(
+        self, batch: Batch, components: dict[str, Tensor], noise: Noise
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Mix the components of paired cells (mixup, Zhang et al., 2018).
 
         Each paired cell is mixed with a partner of its stratum and lane, by the same share in all
         of its modalities: a new true pair. A cell stays as it is where its partner is itself, as
-        each is in a stratum that has one round of the batch. Rows of unpaired cells hold values
-        that nobody may use.
+        each is in a stratum that has one round of the batch.
 
         Returns:
-            Means, (B, K source, K target, a), and biological batches, (B,): of the cell that has
+            By modality, (n paired, components); and biological batches, (B,): of the cell that has
             the larger share.
         """
         partner, share = noise.draw_mixing()
         code = torch.where(share[:, 0] < 0.5, batch.batch_code[partner], batch.batch_code)
-        mixed, rows = {}, {}
+        mixed = {}
         for name, observed in batch.modalities.items():
-            x, rows[name] = components[name], observed.rows[observed.paired]
+            x, rows = components[name], observed.rows[observed.paired]
             index_of_row = partner.new_zeros(batch.n_cells).index_copy(
                 0, observed.rows, torch.arange(len(x), device=x.device)
             )
-            cell_share = share[rows[name]].to(x.dtype)
-            partner_x = x[index_of_row[partner[rows[name]]]]
+            cell_share = share[rows].to(x.dtype)
+            partner_x = x[index_of_row[partner[rows]]]
             mixed[name] = cell_share * x[observed.paired] + (1 - cell_share) * partner_x
-        (mean,) = self._encode_components(batch, mixed, rows, noise, self.n_aligned)
-        return mean, code
+        return mixed, code
 
     def _split_members(self, z: Tensor) -> Tensor:
         """(B, K source, K target, a) -> (M, B, K source, K * a / M)."""

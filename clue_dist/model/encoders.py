@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from clue_dist.model.layers import ReadAffine
+
 MAX_LOG_VARIANCE = 8.0  # bound of an expert, and the negative of the least one
 START_LOG_VARIANCE = -2.0  # a standard deviation of about 0.4
 
@@ -52,19 +54,22 @@ class CrossEncoderHeads(nn.Module):
             self.reduce = nn.Parameter(torch.randn(networks, width, rank) / width**0.5)
             self.expand = nn.Parameter(torch.zeros(networks, rank, outputs))
 
-    def forward(self, source: int, h: Tensor, n_means: int | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, source: int, h: Tensor, affine: ReadAffine, n_means: int | None = None
+    ) -> tuple[Tensor, ...]:
         """Apply the heads of a source modality.
 
         Args:
             source: its number, in model order.
-            h: (N, n, H), by network; N is M, or M * K where nothing is shared.
+            h: (N, n, H), normalised, by network; N is M, or M * K where nothing is shared.
+            affine: what is still to be done to it.
             n_means: of how many dimensions of each z, the first ones, means alone are wanted.
 
         Returns:
             Mean and log-variance, each (n, K target, d); or (n, K target, n_means), the mean.
             In float32.
         """
-        weight, bias = self.select_weights(source, n_means is None, n_means)
+        weight, bias = affine().fold_into(*self.select_weights(source, n_means is None, n_means))
         return self.arrange_outputs(torch.baddbmm(bias, h, weight), n_means)
 
     def select_weights(

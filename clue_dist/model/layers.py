@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,35 @@ class MLP(nn.Module):
         return x
 
 
+class Affine(NamedTuple):
+    """What a layer norm does to normalised values: x * scale + shift, for each of M networks."""
+
+    scale: Tensor  # (M or 1, 1, width)
+    shift: Tensor
+
+    def fold_into(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Fold this into the linear layer behind it, which then reads normalised values.
+
+        Weights have fewer rows than a batch has cells, and the input of a network needs no gradient
+        any more.
+
+        Args:
+            weight: (M, width, outputs).
+            bias: (M, 1, outputs).
+        """
+        return self.scale.mT * weight, bias + self.shift @ weight
+
+
+# Read where it is folded: under ZeRO-3 weights are whole only in the module that reads them.
+ReadAffine = Callable[[], Affine]
+
+
 class Ensemble(nn.Module):
-    """M independent MLPs on the same input. What all of them find is unlikely to be chance."""
+    """M independent MLPs on the same input. What all of them find is unlikely to be chance.
+
+    Each is depth times (dropout -> linear -> GELU -> layer norm). The scale and shift of a norm are
+    folded into the linear layer behind it.
+    """
 
     def __init__(self, members: int, width: int, hidden: int, depth: int, dropout: float) -> None:
         super().__init__()
@@ -45,25 +73,38 @@ class Ensemble(nn.Module):
         self.layers = nn.ModuleList(EnsembleLayer(members, a, b) for a, b in pairwise(widths))
         self.members, self.dropout, self.width = members, dropout, widths[-1]
 
-    def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None = None) -> Tensor:
-        """(n, inputs) -> (M, n, width); rows: (n,), the cells' rows in the batch, None for all."""
+    def forward(
+        self, x: Tensor, affine: ReadAffine, noise: Noise | None, rows: Tensor | None
+    ) -> tuple[Tensor, ReadAffine]:
+        """Apply all layers.
+
+        Args:
+            x: (n, inputs), normalised.
+            affine: what is still to be done to it.
+            noise: for dropout, in training.
+            rows: (n,), the cells' rows in the batch; None: all of them.
+
+        Returns:
+            (M, n, width), normalised, and what is still to be done to it.
+        """
         x = x.expand(self.members, *x.shape)
         for layer in self.layers:
             if noise is not None and self.training:
                 x = noise.apply_dropout(x, self.dropout, rows)
-            x = layer(x)
-        return x
+            x, affine = layer(x, affine), cast(EnsembleLayer, layer).read_affine
+        return x, affine
 
     @torch.no_grad()
-    def apply_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Apply the ensemble and a linear layer of each member, without dropout.
+    def infer_linear(self, x: Tensor, affine: ReadAffine, weight: Tensor, bias: Tensor) -> Tensor:
+        """Apply all layers and a linear one, without dropout, and faster on many cells.
 
         But for its deviation, which is divided out behind the next layer, a layer norm is linear,
         and goes into the weights of that layer. So what a layer hands on is read less often.
 
         Args:
-            x: (n, inputs), float32.
-            weight: (M, width, outputs), of the linear layer.
+            x: (n, inputs), float32, normalised.
+            affine: what is still to be done to it.
+            weight: (M, hidden, outputs), of the last, linear layer.
             bias: (M, 1, outputs).
 
         Returns:
@@ -71,12 +112,12 @@ class Ensemble(nn.Module):
         """
         layers = [cast(EnsembleLayer, layer) for layer in self.layers]
         x = x.expand(self.members, *x.shape)
-        x = torch.baddbmm(layers[0].bias, x, layers[0].weight)
+        first_weight, first_bias = affine().fold_into(layers[0].weight, layers[0].bias)
+        x = torch.baddbmm(first_bias, x, first_weight)
         following = [(layer.weight, layer.bias) for layer in layers[1:]] + [(weight, bias)]
-        for layer, (next_weight, next_bias) in zip(layers, following, strict=True):
+        for layer, linear in zip(layers, following, strict=True):
             x = F.gelu(x)
-            shift = torch.baddbmm(next_bias, layer.norm_bias, next_weight)
-            scaled = layer.norm_scale.mT * next_weight
+            scaled, shift = layer.read_affine().fold_into(*linear)
             centred = scaled - scaled.mean(1, keepdim=True)
             square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / x.shape[-1]
             # Of units that hardly differ the difference may round to less than 0.
@@ -86,7 +127,10 @@ class Ensemble(nn.Module):
 
 
 class EnsembleLayer(nn.Module):
-    """linear -> GELU -> layer norm for each of M members: (M, n, inputs) -> (M, n, outputs)."""
+    """linear -> GELU -> layer norm for each of M members, but for the scale and shift of the norm.
+
+    The layer behind it takes care of these.
+    """
 
     def __init__(self, members: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -95,12 +139,15 @@ class EnsembleLayer(nn.Module):
         self.norm_scale = nn.Parameter(torch.ones(members, 1, outputs))
         self.norm_bias = nn.Parameter(torch.zeros(members, 1, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(M, n, inputs) -> (M, n, outputs)."""
-        x = F.gelu(torch.baddbmm(self.bias, x, self.weight))
-        x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON)
-        # Autocast would make float32 of all three, and turn that back in the next layer.
-        return torch.addcmul(self.norm_bias.to(x.dtype), x, self.norm_scale.to(x.dtype))
+    def read_affine(self) -> Affine:
+        """Scale and shift of the layer norm."""
+        return Affine(self.norm_scale, self.norm_bias)
+
+    def forward(self, x: Tensor, affine: ReadAffine) -> Tensor:
+        """(M, n, inputs), normalised, and what is still to be done to it -> (M, n, outputs)."""
+        weight, bias = affine().fold_into(self.weight, self.bias)
+        x = F.gelu(torch.baddbmm(bias, x, weight))
+        return F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON)
 
 
 class _GradientReversal(torch.autograd.Function):

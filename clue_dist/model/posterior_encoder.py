@@ -15,6 +15,7 @@ from clue_dist.config import ModelConfig
 from clue_dist.data.batch import Batch
 from clue_dist.model.common_space import CommonSpace
 from clue_dist.model.encoders import CrossEncoderHeads
+from clue_dist.model.layers import ReadAffine
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import (
@@ -284,8 +285,10 @@ class PosteriorEncoder(nn.Module):
     ) -> Posterior:
         """Infer the posterior of cells, given the first step of each trunk."""
         rows = {name: batch.modalities[name].rows for name in components}
-        experts = self._encode_components(batch, components, rows, noise)
-        return self._combine_experts(batch, self.combine, *experts)
+        hidden = {
+            name: self.get_trunk(name)(x, noise, rows[name]) for name, x in components.items()
+        }
+        return self._combine_experts(batch, self.combine, *self._apply_heads(batch, hidden, rows))
 
     def _infer_for_embedding(self, batch: Batch) -> Posterior:
         """Infer what an embedding shows, outside of training.
@@ -302,7 +305,7 @@ class PosteriorEncoder(nn.Module):
         Layer norms of the trunk go into the weights behind them. ZeRO-3 would not gather these.
         """
         weights = self.heads.select_weights(self.modalities.index(name), with_variance)
-        return self.heads.arrange_outputs(self.get_trunk(name).apply_linear(components, *weights))
+        return self.heads.arrange_outputs(self.get_trunk(name).infer_linear(components, *weights))
 
     def _combine_experts(
         self, batch: Batch, combine: Combination, mean: Tensor, log_var: Tensor
@@ -318,12 +321,11 @@ class PosteriorEncoder(nn.Module):
         joint_log_var = torch.cat([joint_log_var, select_own_latent(log_var)[..., a:] * seen], -1)
         return Posterior(mean, log_var, joint_mean, joint_log_var)
 
-    def _encode_components(
+    def _apply_heads(
         self,
         batch: Batch,
-        components: dict[str, Tensor],
+        hidden: dict[str, tuple[Tensor, ReadAffine]],
         rows: dict[str, Tensor],
-        noise: Noise | None,
         n_means: int | None = None,
     ) -> list[Tensor]:
         """Mean and log-variance of the experts q(z_j | x_k), each (B, K source, K target, d).
@@ -332,16 +334,12 @@ class PosteriorEncoder(nn.Module):
 
         Args:
             batch: B cells.
-            components: by modality, (n, components), of the cells `rows`.
+            hidden: by modality, what its trunk gives of n cells.
             rows: by modality, (n,), rows in the batch.
-            noise: for dropout, in training.
             n_means: of how many dimensions, the first ones, means alone are wanted.
         """
         experts = {
-            name: self.heads(
-                self.modalities.index(name), self.get_trunk(name)(x, noise, rows[name]), n_means
-            )
-            for name, x in components.items()
+            name: self.heads(self.modalities.index(name), *h, n_means) for name, h in hidden.items()
         }
         return self._place_experts(batch, experts, rows)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from clue_dist.config import TrunkConfig
 from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
 from clue_dist.model.fused import can_fuse
-from clue_dist.model.layers import Ensemble
+from clue_dist.model.layers import Affine, Ensemble, ReadAffine
 from clue_dist.model.noise import Noise
 
 UNKNOWN_LIBRARY = 1000.0  # total counts of a cell where training did not look at sizes
@@ -103,7 +103,7 @@ class Projection(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Raw counts -> components x = [projection(normalised counts), size] -> h = ensemble(norm(x)).
+    """Raw counts -> components x = [projection(normalised counts), size] -> ensemble(norm(x)).
 
     Args:
         n_features: features of the modality.
@@ -172,7 +172,9 @@ class Trunk(nn.Module):
             x = torch.cat([x, ((sizes - mean) / deviation).to(x.dtype)], 1)
         return x
 
-    def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise: Noise | None, rows: Tensor | None
+    ) -> tuple[Tensor, ReadAffine]:
         """Turn components into what the heads read.
 
         Args:
@@ -181,11 +183,22 @@ class Trunk(nn.Module):
             rows: (n,), the cells' rows in the batch; None: all of them.
 
         Returns:
-            h, (M, n, hidden), or (M * K, n, hidden) where the K targets share no trunk.
+            h, (N, n, hidden), normalised, and what is still to be done to it; N is M, or M * K
+            where the K targets share no trunk.
         """
-        h: Tensor = self.ensemble(self.norm(x.to(self.norm.weight.dtype)), noise, rows)
+        h: tuple[Tensor, ReadAffine] = self.ensemble(
+            self._normalise(x), self.read_affine, noise, rows
+        )
         return h
 
-    def apply_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Apply `forward` and a linear layer of each network; see `Ensemble.apply_linear`."""
-        return self.ensemble.apply_linear(self.norm(x.to(self.norm.weight.dtype)), weight, bias)
+    def infer_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Apply `forward` and the heads (N, hidden, outputs); see `Ensemble.infer_linear`."""
+        return self.ensemble.infer_linear(self._normalise(x), self.read_affine, weight, bias)
+
+    def read_affine(self) -> Affine:
+        """Scale and shift of the norm of the components."""
+        return Affine(self.norm.weight[None, None], self.norm.bias[None, None])
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """Normalise components (n, components), but for the scale and shift."""
+        return F.layer_norm(x.to(self.norm.weight.dtype), x.shape[-1:], eps=self.norm.eps)

@@ -11,7 +11,7 @@ from clue_dist.config import Config, ModelConfig
 from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.model.clue import CLUE
 from clue_dist.model.encoders import CrossEncoderHeads
-from clue_dist.model.layers import reverse_gradient
+from clue_dist.model.layers import Affine, reverse_gradient
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import select_own_latent
@@ -99,8 +99,11 @@ def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
     members, d = 2, D // 2
     heads = CrossEncoderHeads(K, members, 8, D, shared)
     targets = K if shared else 1  # of one network
-    h = draw(K, members * K // targets, B, 8)
-    mean, log_var = (torch.stack(x, 1) for x in zip(*map(heads, range(K), h), strict=True))
+    normalised = draw(K, members * K // targets, B, 8)
+    affine = Affine(draw(normalised.shape[1], 1, 8), draw(normalised.shape[1], 1, 8, seed=1))
+    h = normalised * affine.scale + affine.shift
+    said = [heads(k, normalised[k], lambda: affine) for k in range(K)]
+    mean, log_var = (torch.stack(x, 1) for x in zip(*said, strict=True))
     for k, m, j in product(range(K), range(members), range(K)):
         i = m if shared else m * K + j
         network = k * h.shape[1] + i
@@ -113,7 +116,7 @@ def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
         want = (h[k, i] @ weight[:, 1] + bias[1]).clamp(-8, 8)
         torch.testing.assert_close(log_var[:, k, j, its], want, rtol=1e-4, atol=1e-5)
     for k in range(K):  # means of the first dimension of each member alone
-        (aligned,) = heads(k, h[k], n_means=members)
+        (aligned,) = heads(k, normalised[k], lambda: affine, n_means=members)
         torch.testing.assert_close(aligned, mean[:, k, :, :members], rtol=1e-4, atol=1e-5)
 
 
@@ -139,16 +142,21 @@ def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_he
     assert sizes[3]["heads"] == 9 * sizes[1]["heads"]
 
 
+def leave_alone() -> Affine:
+    """The affine of a norm that has neither scale nor shift."""
+    return Affine(torch.ones(1, 1, 8), torch.zeros(1, 1, 8))
+
+
 def test_heads_of_low_rank_are_a_shared_matrix_and_a_little_of_each() -> None:
     members, d, rank = 2, D // 2, 3
     heads = CrossEncoderHeads(K, members, 8, D, rank=rank)
     h = draw(members, B, 8)
-    before = [heads(k, h)[0] for k in range(K)]
+    before = [heads(k, h, leave_alone)[0] for k in range(K)]
     torch.testing.assert_close(before[0], before[1])  # all sources start with the same
     with torch.no_grad():
         heads.expand.copy_(draw(*heads.expand.shape, seed=1))
         heads.bias.copy_(draw(*heads.bias.shape, seed=2))
-    mean, _ = heads(1, h)
+    mean, _ = heads(1, h, leave_alone)
     for m, j in product(range(members), range(K)):
         n = members + m  # the network of source 1
         weight = heads.weight[m] + heads.reduce[n] @ heads.expand[n]

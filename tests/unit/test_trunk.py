@@ -20,7 +20,7 @@ from clue_dist.model.initialise import (
     initialise_model,
     sample_cells,
 )
-from clue_dist.model.layers import Ensemble
+from clue_dist.model.layers import Affine, Ensemble
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.model.moments import INVERSE_DISPERSION_LIMITS
 from clue_dist.model.trunk import Projection, compute_size_inputs, normalise_counts
@@ -231,5 +231,7 @@ def test_units_that_hardly_differ_give_no_nan() -> None:
     with torch.no_grad():
         ensemble.layers[0].weight.mul_(1e-4)
         ensemble.layers[0].bias.fill_(10)
-    found = ensemble.apply_linear(torch.randn(500, 4), torch.randn(2, 8, 3), torch.zeros(2, 1, 3))
+    affine = Affine(torch.ones(1, 1, 4), torch.zeros(1, 1, 4))
+    heads = torch.randn(2, 8, 3), torch.zeros(2, 1, 3)
+    found = ensemble.infer_linear(torch.randn(500, 4), lambda: affine, *heads)
     assert found.isfinite().all()
