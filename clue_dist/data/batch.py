@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clue_dist.errors import format_count
+
+CSRArrays = tuple[np.ndarray, ...]  # indptr, indices, values
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,19 @@ class SparseCounts:
         """The same counts with every tensor replaced by its transform."""
         indptr, indices, values = map(transform, (self.indptr, self.indices, self.values))
         return replace(self, indptr=indptr, indices=indices, values=values)
+
+    def copy_entries(self, copy: Callable[[CSRArrays, CSRArrays], int]) -> SparseCounts:
+        """Copy some of the entries, on a CPU.
+
+        Args:
+            copy: is given indptr, indices and values, and arrays as long as these to write to. It
+                returns how many entries it copied.
+        """
+        parts = self.indptr, self.indices, self.values
+        indptr, indices, values = made = tuple(torch.empty_like(part) for part in parts)
+        given, written = (tuple(map(torch.Tensor.numpy, arrays)) for arrays in (parts, made))
+        n_copied = copy(given, written)
+        return replace(self, indptr=indptr, indices=indices[:n_copied], values=values[:n_copied])
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum one value per non-zero by row: (nnz,) -> (n,)."""

@@ -188,17 +188,21 @@ class CLUE(PosteriorEncoder):
             the mixtures, (B,).
         """
         mixed, code = self._mix_pairs(batch, components, noise)
-        rows_of_cells, rows_of_mixtures, of_cells, of_mixtures = {}, {}, {}, {}
-        for name, observed in batch.modalities.items():
-            rows, rows_of_pairs = observed.rows, observed.rows[observed.paired]
-            both = torch.cat([components[name], mixed[name]])
-            h, affine = self.get_trunk(name)(both, noise, torch.cat([rows, rows_of_pairs]))
-            cells, mixtures = h.split([len(rows), len(rows_of_pairs)], 1)
-            of_cells[name], of_mixtures[name] = (cells, affine), (mixtures, affine)
-            rows_of_cells[name], rows_of_mixtures[name] = rows, rows_of_pairs
-        experts = self._apply_heads(batch, of_cells, rows_of_cells)
-        posterior = self._combine_experts(batch, self.combine, *experts)
-        (mean,) = self._apply_heads(batch, of_mixtures, rows_of_mixtures, self.n_aligned)
+        rows, rows_of_pairs = {}, {}
+        experts: dict[str, tuple[Tensor, ...]] = {}
+        of_mixtures: dict[str, tuple[Tensor, ...]] = {}
+        for name, x in components.items():
+            observed = batch.modalities[name]
+            rows[name], rows_of_pairs[name] = observed.rows, observed.rows[observed.paired]
+            rows_of_both = torch.cat([rows[name], rows_of_pairs[name]])
+            h = self.get_trunk(name)(torch.cat([x, mixed[name]]), noise, rows_of_both)
+            source = self.modalities.index(name)
+            *experts[name], mean = self.heads(source, *h, len(x), self.n_aligned)
+            of_mixtures[name] = (mean,)
+        posterior = self._combine_experts(
+            batch, self.combine, *self._place_experts(batch, experts, rows)
+        )
+        (mean,) = self._place_experts(batch, of_mixtures, rows_of_pairs)
         return posterior, mean, code
 
     def _mix_pairs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
+from clue_dist.model.entry_kernels import copy_selected_entries
 from clue_dist.model.fused import FUSED_LIKELIHOODS, can_fuse
 from clue_dist.model.layers import MLP
 from clue_dist.model.likelihoods import (
@@ -231,9 +233,15 @@ def select_features(counts: Counts, features: Tensor) -> Counts:
     """Select columns of counts and number them anew; features: (F,), sorted."""
     if isinstance(counts, Tensor):
         return counts[:, features]
-    new_index = torch.full((counts.n_features,), -1, dtype=torch.int32, device=features.device)
-    new_index[features] = torch.arange(len(features), dtype=torch.int32, device=features.device)
-    indices = new_index.index_select(0, counts.indices)
+    place = torch.full((counts.n_features,), -1, dtype=torch.int32, device=features.device)
+    place[features] = torch.arange(len(features), dtype=torch.int32, device=features.device)
+    select = _copy_selected if features.device.type == "cpu" else _pick_selected
+    return select(counts, place, len(features))
+
+
+def _pick_selected(counts: SparseCounts, place: Tensor, n_selected: int) -> SparseCounts:
+    """Select features, given the new number of each, (features,) int32; -1: not selected."""
+    indices = place.index_select(0, counts.indices)
     is_kept = indices >= 0
     # How many entries are kept before each one, and in all.
     n_kept = is_kept.new_zeros(len(indices) + 1, dtype=torch.int32)
@@ -243,5 +251,14 @@ def select_features(counts: Counts, features: Tensor) -> Counts:
         n_kept.index_select(0, counts.indptr),
         indices.index_select(0, kept),
         counts.values.index_select(0, kept),
-        len(features),
+        n_selected,
+        counts.has_zeros,
     )
+
+
+def _copy_selected(counts: SparseCounts, place: Tensor, n_selected: int) -> SparseCounts:
+    """Do as `_pick_selected`, in one pass over the non-zeros."""
+    selected = counts.copy_entries(
+        lambda given, made: copy_selected_entries(*given, place.numpy(), *made)
+    )
+    return replace(selected, n_features=n_selected)

@@ -55,7 +55,12 @@ class CrossEncoderHeads(nn.Module):
             self.expand = nn.Parameter(torch.zeros(networks, rank, outputs))
 
     def forward(
-        self, source: int, h: Tensor, affine: ReadAffine, n_means: int | None = None
+        self,
+        source: int,
+        h: Tensor,
+        affine: ReadAffine,
+        n_whole: int | None = None,
+        n_means: int = 0,
     ) -> tuple[Tensor, ...]:
         """Apply the heads of a source modality.
 
@@ -63,41 +68,55 @@ class CrossEncoderHeads(nn.Module):
             source: its number, in model order.
             h: (N, n, H), normalised, by network; N is M, or M * K where nothing is shared.
             affine: what is still to be done to it.
-            n_means: of how many dimensions of each z, the first ones, means alone are wanted.
+            n_whole: how many rows are wanted whole, the first ones; None: all.
+            n_means: of how many dimensions of each z, the first ones, means alone are wanted of the
+                other rows; 0: nothing.
 
         Returns:
-            Mean and log-variance, each (n, K target, d); or (n, K target, n_means), the mean.
-            In float32.
+            Mean and log-variance, each (n_whole, K target, d), and the means of the other rows,
+            where they are wanted, (n - n_whole, K target, n_means). In float32.
         """
-        weight, bias = affine().fold_into(*self.select_weights(source, n_means is None, n_means))
-        return self.arrange_outputs(torch.baddbmm(bias, h, weight), n_means)
+        weight, bias = affine().fold_into(*self.select_weights(source))
+        whole = self.arrange_outputs(torch.baddbmm(bias, h[:, :n_whole], weight))
+        if not n_means:
+            return whole
+        weight, bias = (self._select_outputs(values, 1, n_means) for values in (weight, bias))
+        means = torch.baddbmm(bias, h[:, n_whole:], weight)
+        return *whole, *self.arrange_outputs(means, n_means)
 
-    def select_weights(
-        self, source: int, with_variance: bool, n_dims: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def select_weights(self, source: int, with_variance: bool = True) -> tuple[Tensor, Tensor]:
         """The linear layer on h of a source, for its means alone or for its variances, too.
 
         Args:
             source: its number, in model order.
             with_variance: whether log-variances are wanted, too.
-            n_dims: of how many dimensions of each z, the first ones; None: of all d.
 
         Returns:
             Weights (N, H, outputs) and biases (N, 1, outputs), for `arrange_outputs`.
         """
-        networks, parts, width = self._list_networks(source), 1 + with_variance, self._split(n_dims)
+        networks, parts = self._list_networks(source), 1 + with_variance
         weight, bias = (
-            values.unflatten(-1, self.grid)[..., :parts, :width].flatten(2)
+            self._select_outputs(values, parts, None)
             for values in (self._compose_weight(networks), self.bias[networks])
         )
         return weight, bias
+
+    def _select_outputs(self, values: Tensor, parts: int, n_dims: int | None) -> Tensor:
+        """Of weights or biases, the last axis of which is `grid`, those of some outputs.
+
+        Args:
+            values: (N, ., outputs).
+            parts: 1: of means alone, 2: of log-variances, too.
+            n_dims: of how many dimensions of each z, the first ones; None: of all d.
+        """
+        return values.unflatten(-1, self.grid)[..., :parts, : self._split(n_dims)].flatten(2)
 
     def arrange_outputs(self, outputs: Tensor, n_dims: int | None = None) -> tuple[Tensor, ...]:
         """Read what the layer of `select_weights` gives.
 
         Args:
             outputs: (N, n, outputs).
-            n_dims: for how many dimensions of each z the layer was selected; None: all d.
+            n_dims: for how many dimensions of each z outputs were selected; None: all d.
 
         Returns:
             Mean and, where it was selected, log-variance, each (n, K target, n_dims), float32.

@@ -73,8 +73,8 @@ class Noise:
         *members, n_rows, width = x.shape
         columns = math.prod(members) * width
         # 1 where a byte reaches the threshold, else 0. Comparisons of bytes take longer on CPUs.
-        kept = self._draw_bytes(columns, rows).to(x.dtype).clamp_(threshold - 1, threshold)
-        factor = kept.sub_(threshold - 1).mul_(DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold))
+        kept = self._draw_bytes(columns, rows).clamp_(threshold - 1, threshold).sub_(threshold - 1)
+        factor = kept.to(x.dtype).mul_(DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold))
         return x * factor.view(n_rows, *members, width).movedim(0, -2)
 
     def draw_mixing(self) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from clue_dist.config import ModelConfig
 from clue_dist.data.batch import Batch
 from clue_dist.model.common_space import CommonSpace
 from clue_dist.model.encoders import CrossEncoderHeads
-from clue_dist.model.layers import ReadAffine
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import (
@@ -285,10 +284,13 @@ class PosteriorEncoder(nn.Module):
     ) -> Posterior:
         """Infer the posterior of cells, given the first step of each trunk."""
         rows = {name: batch.modalities[name].rows for name in components}
-        hidden = {
-            name: self.get_trunk(name)(x, noise, rows[name]) for name, x in components.items()
-        }
-        return self._combine_experts(batch, self.combine, *self._apply_heads(batch, hidden, rows))
+        experts = {}
+        for name, x in components.items():
+            h = self.get_trunk(name)(x, noise, rows[name])
+            experts[name] = self.heads(self.modalities.index(name), *h)
+        return self._combine_experts(
+            batch, self.combine, *self._place_experts(batch, experts, rows)
+        )
 
     def _infer_for_embedding(self, batch: Batch) -> Posterior:
         """Infer what an embedding shows, outside of training.
@@ -321,32 +323,13 @@ class PosteriorEncoder(nn.Module):
         joint_log_var = torch.cat([joint_log_var, select_own_latent(log_var)[..., a:] * seen], -1)
         return Posterior(mean, log_var, joint_mean, joint_log_var)
 
-    def _apply_heads(
-        self,
-        batch: Batch,
-        hidden: dict[str, tuple[Tensor, ReadAffine]],
-        rows: dict[str, Tensor],
-        n_means: int | None = None,
-    ) -> list[Tensor]:
-        """Mean and log-variance of the experts q(z_j | x_k), each (B, K source, K target, d).
-
-        They are 0 where a modality has no components of a cell.
-
-        Args:
-            batch: B cells.
-            hidden: by modality, what its trunk gives of n cells.
-            rows: by modality, (n,), rows in the batch.
-            n_means: of how many dimensions, the first ones, means alone are wanted.
-        """
-        experts = {
-            name: self.heads(self.modalities.index(name), *h, n_means) for name, h in hidden.items()
-        }
-        return self._place_experts(batch, experts, rows)
-
     def _place_experts(
         self, batch: Batch, experts: dict[str, tuple[Tensor, ...]], rows: dict[str, Tensor]
     ) -> list[Tensor]:
-        """What each modality says of its n cells, (n, ...), at their rows: (B, K source, ...)."""
+        """What each modality says of its n cells, (n, ...), at their rows: (B, K source, ...).
+
+        It is 0 where a modality says nothing of a cell.
+        """
         placed = []
         for values in zip(*experts.values(), strict=True):
             absent = values[0].new_zeros(batch.n_cells, *values[0].shape[1:])

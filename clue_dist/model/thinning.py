@@ -6,14 +6,12 @@ each time without another random part of them, they learn what the cell's region
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Counts, SparseCounts
-from clue_dist.model.thinning_kernel import copy_shown_entries
+from clue_dist.model.entry_kernels import copy_shown_entries
 
 # Share of the features that a typical cell shows, from which on its profile is no sparse sample.
 # Thinning helps where it is 0.003 (mouse cortex), and costs where it is 0.12 (600 peaks of bone
@@ -57,18 +55,11 @@ def _zero_entries(counts: SparseCounts, key: Tensor, share: Tensor) -> SparseCou
 
 def _drop_entries(counts: SparseCounts, key: Tensor, share: Tensor) -> SparseCounts:
     """The profiles without what `_zero_entries` sets to 0, in one pass over the non-zeros."""
-    shown = SparseCounts(
-        torch.empty_like(counts.indptr),
-        torch.empty_like(counts.indices),
-        torch.empty_like(counts.values),
-        counts.n_features,
-        counts.has_zeros,
+    return counts.copy_entries(
+        lambda given, made: copy_shown_entries(
+            *given, key.numpy().astype(np.uint32), share.numpy(), *made
+        )
     )
-    given, made = (
-        (part.indptr.numpy(), part.indices.numpy(), part.values.numpy()) for part in (counts, shown)
-    )
-    n_shown = copy_shown_entries(*given, key.numpy().astype(np.uint32), share.numpy(), *made)
-    return replace(shown, indices=shown.indices[:n_shown], values=shown.values[:n_shown])
 
 
 def _find_shown(key: Tensor, feature: Tensor, share: Tensor) -> Tensor:

@@ -116,8 +116,9 @@ def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
         want = (h[k, i] @ weight[:, 1] + bias[1]).clamp(-8, 8)
         torch.testing.assert_close(log_var[:, k, j, its], want, rtol=1e-4, atol=1e-5)
     for k in range(K):  # means of the first dimension of each member alone
-        (aligned,) = heads(k, normalised[k], lambda: affine, n_means=members)
-        torch.testing.assert_close(aligned, mean[:, k, :, :members], rtol=1e-4, atol=1e-5)
+        *whole, aligned = heads(k, normalised[k], lambda: affine, B - 2, members)
+        torch.testing.assert_close(aligned, mean[-2:, k, :, :members], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole, [mean[:-2, k], log_var[:-2, k]], rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_heads() -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from clue_dist.config import Config, DecoderConfig, LikelihoodName
 from clue_dist.data.batch import SparseCounts, compute_library_size
+from clue_dist.model import decoders
 from clue_dist.model.decoders import Decoder, OutputLayer, SecondParameter, select_features
 from clue_dist.model.likelihoods import (
     LIKELIHOODS,
@@ -196,7 +197,10 @@ def test_a_gradient_that_is_kept_gets_rows_as_a_fresh_one_does() -> None:
         torch.testing.assert_close(layer.weight.grad, expected)
 
 
-def test_only_takes_the_columns_asked_for() -> None:
+@pytest.mark.parametrize("select", ["_copy_selected", "_pick_selected"])
+def test_only_takes_the_columns_asked_for(select: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, and as on a GPU."""
+    monkeypatch.setattr(decoders, "_copy_selected", getattr(decoders, select))
     x = counts()
     keep = torch.tensor([0, 3, 4, 20])
     selected = select_features(sparse(x), keep)

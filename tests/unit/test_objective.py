@@ -303,10 +303,10 @@ def test_what_a_cell_lacks_does_not_touch_its_loss(monkeypatch: pytest.MonkeyPat
     model.eval()
     loss, _ = model.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
     # What is said of unobserved sources is arbitrary: make it absurd.
-    encode = model.model._apply_heads
+    encode = model.model._place_experts
     monkeypatch.setattr(
         model.model,
-        "_apply_heads",
+        "_place_experts",
         lambda *arguments: tuple(
             torch.where(OBSERVED[:, :, None, None], values, 3.0) for values in encode(*arguments)
         ),
@@ -341,14 +341,14 @@ def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed
     off = dict.fromkeys(("lambda_self", "lambda_mse", "lambda_d", "lambda_contrastive"), 0.0)
     model, batch, noise = small_model(private=0.5, **off, lambda_cross=1.0)
     kept: list[Tensor] = []
-    encode = model.model._apply_heads
+    encode = model.model._place_experts
 
     def keep_experts(*arguments: Any) -> list[Tensor]:
         experts = list(encode(*arguments))
         kept.extend(experts)
         return experts
 
-    monkeypatch.setattr(model.model, "_apply_heads", keep_experts)
+    monkeypatch.setattr(model.model, "_place_experts", keep_experts)
     loss, _ = model.compute_loss(batch, noise)
     foreign = ~torch.eye(K, dtype=torch.bool)
     for gradient in torch.autograd.grad(loss, kept):  # of means, of log-variances

@@ -1,6 +1,6 @@
-"""The compiled kernel by which `thinning` leaves out entries on a CPU.
+"""Compiled kernels that copy some entries of sparse profiles on a CPU.
 
-In PyTorch the hashes of a batch's entries would be a dozen passes over memory.
+In PyTorch each would be up to a dozen passes over a batch's entries.
 """
 # mypy: allow-untyped-defs
 
@@ -45,6 +45,31 @@ def copy_shown_entries(
             n_shown += is_shown[entry - first]
         shown_indptr[row + 1] = n_shown
     return n_shown
+
+
+@compile_kernel
+def copy_selected_entries(indptr, indices, values, place, kept_indptr, kept_indices, kept_values):
+    """Copy the entries of selected features, numbered anew, and return how many these are.
+
+    Args:
+        indptr: (n + 1,) int32, where each profile begins and ends.
+        indices: (nnz,) int32, the features.
+        values: (nnz,) float32.
+        place: (features,) int32, their new numbers; -1: not selected.
+        kept_indptr: written, like `indptr`.
+        kept_indices: written from the front, as long as `indices`.
+        kept_values: written from the front, as long as `values`.
+    """
+    n_kept = 0
+    kept_indptr[0] = 0
+    for row in range(len(indptr) - 1):
+        for entry in range(indptr[row], indptr[row + 1]):
+            number = place[indices[entry]]
+            kept_indices[n_kept] = number
+            kept_values[n_kept] = values[entry]
+            n_kept += number >= 0
+        kept_indptr[row + 1] = n_kept
+    return n_kept
 
 
 @compile_kernel
