@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from clue_dist.errors import ConfigError, DataError
+from clue_dist.inference import transfer
 from clue_dist.inference.cells import StoreCells, open_cells
 from clue_dist.inference.cells.named_counts import CellWarning
 from clue_dist.inference.reference_cells import embed_for_comparison
@@ -19,7 +20,7 @@ from clue_dist.neighbours.label_transfer import (
     fit_label_transfer,
 )
 from clue_dist.store.reader import Store
-from tests.fakes import FakeTrainedModel
+from tests.fakes import FakeTrainedModel, Projection
 from tests.stores import make_store
 
 CELLS = {"rna+adt": 120, "rna": 50, "adt": 40}
@@ -211,6 +212,28 @@ def test_reference_cells_that_carry_more_are_seen_through_the_queries_modalities
     embedded = embed_for_comparison(loaded, reference)
     with pytest.warns(CellWarning, match=r"carry rna\+adt and nothing else"):
         assert not label_cells(loaded, embedded, query, "cell_type").is_calibrated[:30].any()
+
+
+class DoubledJoint(Projection):
+    """The joint z is twice as long as that of single modalities."""
+
+    def embed_batch(self, batch, per_modality=True):
+        joint, alone = super().embed_batch(batch, per_modality)
+        return 2 * joint, alone
+
+    def reweigh_as_joint(self, alone):
+        return 2 * alone
+
+
+def test_reference_cells_are_seen_as_queries_with_one_modality_are(store):
+    modalities = dict(store.manifest.modalities)
+    loaded = FakeTrainedModel(modalities, model=DoubledJoint(modalities, 3))
+    reference = open_cells(store, loaded)
+    known = embed_for_comparison(loaded, reference).embedding
+    seen = transfer._view_reference(loaded, reference, known, "rna", 4096)
+    expected = embed_in_memory(loaded, reference, sources=["rna"]).joint
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    assert np.isfinite(seen).any()
 
 
 def test_a_column_that_is_not_there_and_no_labels_are_refused(store, loaded, tmp_path):
