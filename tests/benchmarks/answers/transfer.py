@@ -27,14 +27,15 @@ class LabelledCells:
 
     @classmethod
     def embed_with(cls, run: TrainedRun, cells: md.MuData) -> "LabelledCells":
-        """Embed cells by everything observed in them, and by each modality alone."""
-        run.embed(cells)
-        joint = np.asarray(cells.obsm["X_clue"])
-        z, labels = {JOINT: joint}, np.full(cells.n_obs, NO_TYPES[0], object)
-        for name, table in cells.mod.items():
-            rows = cells.obs_names.get_indexer(table.obs_names)
-            z[name] = np.full_like(joint, np.nan)
-            z[name][rows], labels[rows] = table.obsm["X_clue"], table.obs[LABEL].astype(str)
+        """Embed cells as if all that they carry had been observed, or one modality alone."""
+        sources = {JOINT: None} | {name: [name] for name in cells.mod}
+        z = {
+            source: np.asarray(run.embed(cells, modalities=observed, per_modality=False))
+            for source, observed in sources.items()
+        }
+        labels = np.full(cells.n_obs, NO_TYPES[0], object)
+        for table in cells.mod.values():
+            labels[cells.obs_names.get_indexer(table.obs_names)] = table.obs[LABEL].astype(str)
         return cls(z, labels.astype(str)).select(~np.isin(labels, NO_TYPES))
 
     def select(self, chosen: np.ndarray) -> "LabelledCells":
