@@ -73,7 +73,7 @@ def match_cells(
     reference: ComparedCells | None = None,
     settings: PartnerSettings | None = None,
     within_batch: bool = False,
-    calibrate_on: Cells | PairConfidence | None = None,
+    calibrate_on: Cells | None = None,
     batch_size: int = 4096,
 ) -> MatchedCells:
     """Find for each cell with modality `first` its partners among reference cells with `second`.
@@ -91,9 +91,9 @@ def match_cells(
         settings: how partners are sought.
         within_batch: whether a partner must be of the same batch; a cell of an unknown batch gets
             none.
-        calibrate_on: what confidence is calibrated on: cells with both modalities that the model
-            has not been trained on, or an earlier calibration. By default those of `cells`, if
-            these are a store that the model was not trained on, with 50 of them or more.
+        calibrate_on: cells with both modalities that the model has not been trained on, which
+            confidence is calibrated on. By default those of `cells`, if these are a store that the
+            model was not trained on, with 50 of them or more.
         batch_size: cells embedded at once.
 
     Raises:
@@ -115,8 +115,6 @@ def match_cells(
         confidence = _calibrate_on_cells(
             trained_model, cells, _select_pairs(asked, first, second), settings
         )
-    elif isinstance(calibrate_on, PairConfidence):
-        confidence = calibrate_on
     else:
         _require_modalities(first, second, calibrate_on)
         paired = embed_for_comparison(trained_model, calibrate_on, batch_size)
