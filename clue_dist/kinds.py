@@ -140,6 +140,11 @@ def _join_words(name: str) -> str:
     return "_".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
+def choose_value(given: str | Mapping[str, str] | None, modality: str | None) -> str | None:
+    """Choose what is given for a modality, which may have no name, where one may stand for all."""
+    return given.get(modality or "") if isinstance(given, Mapping) else given
+
+
 @dataclass(frozen=True)
 class UnknownKind:
     """The mistake of a modality whose name does not say its kind."""

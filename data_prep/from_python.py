@@ -19,7 +19,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError, list_names, suggest_names
 from clue_dist.files import translate_disk_errors
-from clue_dist.kinds import TYPE_COLUMNS, match_alias
+from clue_dist.kinds import TYPE_COLUMNS, choose_value, match_alias
 from clue_dist.process import silence_mudata
 from clue_dist.store.manifest import Manifest
 from data_prep.cli.commands import build_preparation_parser, convert_as_typed
@@ -63,12 +63,12 @@ class ConversionRequest:
 
     def choose_layer(self, modality: str | None) -> str | None:
         """The layer that is named for a modality of cells in memory; None stands for X."""
-        layer = _choose_value(self.layer, modality)
+        layer = choose_value(self.layer, modality)
         return None if layer == _DEFAULT_LAYER[1] else layer
 
     def choose_feature_columns(self, modality: str | None) -> list[str]:
         """Columns of var, the first of which that is there names the features of a modality."""
-        named = _choose_value(self.feature_ids, modality)
+        named = choose_value(self.feature_ids, modality)
         return named.split(",") if named else []
 
     @property
@@ -97,11 +97,6 @@ class ConversionRequest:
 def split_words(flags: str | Sequence[str]) -> list[str]:
     """Split flags into words, as a shell does, where they are one text."""
     return shlex.split(flags) if isinstance(flags, str) else list(flags)
-
-
-def _choose_value(given: str | Mapping[str, str] | None, modality: str | None) -> str | None:
-    """What is given for a modality, where one value may stand for all."""
-    return given.get(modality or "") if isinstance(given, Mapping) else given
 
 
 def convert_cells(

@@ -12,7 +12,6 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store import layout
-from clue_dist.store.batch_vocabulary import NO_BATCHES
 from clue_dist.store.feature_reference import FeatureReference
 from clue_dist.store.layout import Codec
 from clue_dist.store.obs_columns import KeptColumn
@@ -110,15 +109,11 @@ def plan_cells(
         sources, options.kinds, options.feature_choices, reference, options.new_modalities
     )
     _refuse_equal_modalities(sources, plan)
-    # The codes of known batches and labels stay what they are in the other store.
-    batches = reference.batch_vocabulary if reference else NO_BATCHES
-    labels = reference.labels if reference else []
     if options.pairing != "exact":
         refuse_row_numbers(sources)
-    modalities, columns = list(plan.modalities), options.obs_columns
     barcode_hash = BarcodeHash(derive_key(options.seed, "cells"), by_core)
     cells = join_cells_by_barcode(
-        sources, modalities, batches, labels, columns, barcode_hash, work, pool
+        sources, list(plan.modalities), reference, options.obs_columns, barcode_hash, work, pool
     )
     return PlannedCells(sources, plan, cells)
 

@@ -44,7 +44,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 from clue_dist.store.reader import Store
 
-MOST_CELLS = 20_000  # whose neighbours are searched, where nobody says: the search is quadratic
+MOST_SEARCHED_CELLS = 20_000  # where nobody says: the search for neighbours is quadratic
 
 
 def evaluate_store(
@@ -63,7 +63,7 @@ def evaluate_store(
     Every cell of the store that carries both modalities of a pair counts for its matching, and
     every cell for the joint z. Where no two modalities share two cells, be the model of a single
     one or the cells unpaired, the joint z alone is scored. Where neighbours are searched, of more
-    than `max_cells` or MOST_CELLS an even part is taken.
+    than `max_cells` or MOST_SEARCHED_CELLS an even part is taken.
 
     Args:
         trained_model: the model.
@@ -185,7 +185,7 @@ class _ScoredSample:
     def choose_cells(cls, store: Store, max_cells: int | None) -> _ScoredSample:
         """Choose an even part of each segment, or what can be scored."""
         sizes = {name: segment.n_cells for name, segment in store.manifest.strata.items()}
-        most = max_cells or MOST_CELLS
+        most = max_cells or MOST_SEARCHED_CELLS
         return cls(count_paired_cells(store, max_cells), _take_part(sizes, most), most)
 
     def count_cells(self) -> dict[str, int]:

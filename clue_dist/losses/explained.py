@@ -13,7 +13,7 @@ from clue_dist.model.posterior_encoder import Posterior
 # Cells, or nothing is said of a modality. Few will do: what a modality explains that is told well
 # is several times what it claims; what an encoder explains that learnt by heart is next to nothing.
 FEWEST_EXPLAINED = 5
-MOST_VALUES = 2**23  # of a modality that are scored, to bound memory: of many cells fewer features
+MOST_SCORED_VALUES = 2**23  # of a modality, to bound memory: of many cells fewer features
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def measure_explained(model: CLUE, batch: Batch, posterior: Posterior) -> Tensor
         observed, decoder = batch.modalities.get(name), model.get_decoder(name)
         if observed is None or len(observed.rows) < FEWEST_EXPLAINED:
             continue
-        features, n_scored = None, max(1, MOST_VALUES // len(observed.rows))
+        features, n_scored = None, max(1, MOST_SCORED_VALUES // len(observed.rows))
         if n_scored < decoder.n_features:
             order = torch.randperm(decoder.n_features, generator=generator)
             features = order[:n_scored].sort().values.to(z.device)

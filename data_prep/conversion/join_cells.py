@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
+from clue_dist.store.batch_vocabulary import NO_BATCHES, UNKNOWN, BatchVocabulary
+from clue_dist.store.feature_reference import FeatureReference
 from data_prep.conversion.batch_levels import combine_covariates
 from data_prep.conversion.cell_problems import (
     BARCODES_SHOWN,
@@ -55,8 +56,7 @@ class _JoinTask:
 def join_cells_by_barcode(
     sources: Sequence[OpenedSource],
     modalities: Sequence[str],
-    known_batches: BatchVocabulary,
-    known_labels: list[str],
+    reference: FeatureReference | None,
     obs_columns: ObsColumns,
     barcode_hash: BarcodeHash,
     work: Path,
@@ -67,8 +67,7 @@ def join_cells_by_barcode(
     Args:
         sources: the inputs, with their heads.
         modalities: their order decides which bit of a cell's mask is whose.
-        known_batches: the batches that have codes already: 0, 1, ...
-        known_labels: likewise the labels.
+        reference: the store or model whose batches and labels keep their codes.
         obs_columns: where batch and label are found.
         barcode_hash: which shuffles the cells. Where it is that of cores, barcodes of different
             modalities that have the same core are one cell, too; see `find_alike_cells`.
@@ -86,6 +85,8 @@ def join_cells_by_barcode(
         where = list_names(source.display_name for source, _ in sources)
         raise DataError("the inputs hold no cells", where=where)
     require_obs_columns(obs_columns, sources)
+    known_batches = reference.batch_vocabulary if reference else NO_BATCHES
+    known_labels = reference.labels if reference else []
     covariates: Mapping[str, Sequence[str]] = {name: [] for name in obs_columns.covariates}
     if known_batches.has_several:
         covariates = known_batches.covariates

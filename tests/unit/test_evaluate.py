@@ -271,7 +271,7 @@ def test_a_part_of_the_cells(store, tmp_path):
 
 
 def test_neighbours_are_searched_among_an_even_part_of_a_large_store(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "MOST_CELLS", 60)
+    monkeypatch.setattr(evaluate, "MOST_SEARCHED_CELLS", 60)
     scores = evaluate_store(
         FakeTrainedModel(store.manifest.modalities), store, tmp_path / "s.json", run="r"
     )

@@ -19,13 +19,13 @@ from clue_dist.inference.cells.memory_obs import collect_obs, find_levels
 from clue_dist.inference.cells.named_counts import (
     MemoryChoices,
     NamedCounts,
-    choose_value,
     name_columns,
     name_parts,
     warn_of_cells,
 )
 from clue_dist.inference.cells.store_cells import CellSlice
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.kinds import choose_value
 from clue_dist.number_checks import require_number
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary, combine_levels
 from clue_dist.store.region_names import respell_regions

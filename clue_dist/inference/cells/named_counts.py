@@ -16,7 +16,7 @@ import pandas as pd
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.kinds import TYPE_COLUMNS, find_kinds, match_alias
+from clue_dist.kinds import TYPE_COLUMNS, choose_value, find_kinds, match_alias
 from clue_dist.number_checks import require_number
 from clue_dist.store.region_names import respell_regions
 from clue_dist.store.unique_names import make_names_unique
@@ -156,11 +156,6 @@ def _name_anndata_parts(
     return _keep_chosen(
         {fitting[0]: NamedCounts("the AnnData", adata)}, fitting, trained_model, choices
     )
-
-
-def choose_value(given: str | Mapping[str, str] | None, name: str) -> str | None:
-    """Choose what is given for a modality, where one value may stand for all."""
-    return given.get(name) if isinstance(given, Mapping) else given
 
 
 def _share_known(features: Sequence[str], names: Sequence[str]) -> float:

@@ -19,7 +19,7 @@ from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.report.profiles import UNREADABLE
 from clue_dist.store.reader import Store
 
-MOST_CELLS = 3_000  # that are compared, drawn at random
+MOST_COMPARED_CELLS = 3_000  # drawn at random
 MOST_FEATURES = 2_000  # the ones with the most counts
 _SHOWN_FEATURES, _SHOWN_CELLS = 30, 400  # of which the page has the values
 _LOG_UNIT = "ln(1 + counts per 10,000)"
@@ -156,7 +156,7 @@ def _match_values(
     about: dict[str, Any],
     draws: np.random.Generator,
 ) -> _Matched:
-    """The cells that both have, at most MOST_CELLS, and the features with the most counts."""
+    """The cells that both have, MOST_COMPARED_CELLS at most, and the features of most counts."""
     modality = str(about["modality"])
     places = _list_places(store, modality)
     found = places.index.intersection(answer.obs_names, sort=False)
@@ -167,7 +167,7 @@ def _match_values(
             got=f"{len(found)} of {answer.n_obs:,} barcodes of {path.name} with {modality}",
             fix="name the store whose cells were imputed, with the modality measured",
         )
-    cells = found[np.sort(draws.permutation(len(found))[:MOST_CELLS])]
+    cells = found[np.sort(draws.permutation(len(found))[:MOST_COMPARED_CELLS])]
     counts = _read_counts(store, modality, places.loc[cells])
     known = pd.Index(store.manifest.modalities[modality].features)
     columns = known.get_indexer(answer.var_names)
