@@ -60,28 +60,54 @@ def compute_info_nce(
     if across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
         rank, world = dist.get_rank(), dist.get_world_size()
         every_z, every_code = _gather_ranks(z, batch_code)
-    total, n_pairs, shift = z.new_zeros(()), 0, log_scale.detach().exp() - HEADROOM
+    shift, pairs = log_scale.detach().exp() - HEADROOM, []
     for (a, b), rows in pair_rows.items():
-        n_cells, first = len(rows), rank * len(rows)  # this rank's cells among all ranks' pairs
         every_row = torch.cat([rows + of_rank * z.shape[1] for of_rank in range(world)])
-        weights = None
+        place, weights = slice(rank * len(rows), (rank + 1) * len(rows)), None
         if batch_separation is not None:
             least = 1 - torch.minimum(batch_separation[a], batch_separation[b])
-            weights = _weigh_other_batches(every_code[every_row], least, first, n_cells)
-        keys = {k: F.normalize(every_z[:, every_row, k], dim=-1) for k in (a, b)}
-        queries = {k: log_scale.exp() * keys[k].narrow(1, first, n_cells) for k in (a, b)}
-        odds = {}
-        odds[a], of_every_b = sum_odds(queries[a], keys[b], shift, weights)
-        odds[b] = _sum_over_ranks(of_every_b, world).narrow(1, first, n_cells)
-        logits = (queries[a] * keys[b].narrow(1, first, n_cells)).sum(-1)  # of the partners
-        for k in (a, b):
+            weights = _weigh_other_batches(every_code[every_row], least, place)
+        keys = [F.normalize(every_z[:, every_row, k], dim=-1) for k in (a, b)]
+        queries = [log_scale.exp() * profiles[:, place] for profiles in keys]
+        pairs.append(PairedProfiles(queries, keys, weights, place))
+    # The odds of one direction are those of the other, the other way round.
+    sums = [sum_odds(pair.queries[0], pair.keys[1], shift, pair.weights) for pair in pairs]
+    sums_over_queries = _sum_over_ranks([over_queries for _, over_queries in sums], world)
+    total = z.new_zeros(())
+    for pair, (over_keys, _), over_queries in zip(pairs, sums, sums_over_queries, strict=True):
+        odds = over_keys, over_queries[:, pair.place]
+        total = total + pair.sum_losses(odds, shift, same_modality)
+    return total / max(2 * sum(map(len, pair_rows.values())), 1)
+
+
+class PairedProfiles(NamedTuple):
+    """The profiles of cells that have two modalities."""
+
+    queries: list[Tensor]  # of each modality, (M, n, .), this rank's, times the inverse temperature
+    keys: list[Tensor]  # of each modality, (M, N, .), those of all ranks, of length 1
+    weights: PairWeights | None
+    place: slice  # where the queries lie among the keys
+
+    def sum_losses(
+        self, odds: tuple[Tensor, Tensor], shift: Tensor, same_modality: float
+    ) -> Tensor:
+        """InfoNCE of this rank's cells, summed over both directions.
+
+        Args:
+            odds: of the cells of each modality, the sum over the candidates of the other, (M, n).
+            shift: (), of the logits of these odds.
+            same_modality: as of `compute_info_nce`.
+        """
+        logits = (self.queries[0] * self.keys[1][:, self.place]).sum(-1)  # of the partners
+        total = logits.new_zeros(())
+        for queries, keys, odds_of_all in zip(self.queries, self.keys, odds, strict=True):
             if same_modality:
-                others = sum_odds_of_others(queries[k], keys[k], shift, weights, first)
-                odds[k] = odds[k] + same_modality * others
-            losses = odds[k].clamp_min(LEAST_ODDS).log() + shift - logits
+                first = self.place.start
+                others = sum_odds_of_others(queries, keys, shift, self.weights, first)
+                odds_of_all = odds_of_all + same_modality * others
+            losses = odds_of_all.clamp_min(LEAST_ODDS).log() + shift - logits
             total = total + losses.mean(0).sum()
-        n_pairs += n_cells
-    return total / max(2 * n_pairs, 1)
+        return total
 
 
 class PairWeights(NamedTuple):
@@ -91,7 +117,7 @@ class PairWeights(NamedTuple):
     of_queries: Tensor  # each of n queries, where they are the candidates, for each of N keys
 
 
-def _weigh_other_batches(code: Tensor, least: Tensor, first: int, n_cells: int) -> PairWeights:
+def _weigh_other_batches(code: Tensor, least: Tensor, place: slice) -> PairWeights:
     """How much cells of other batches count.
 
     A model that is to tell a cell from those of other batches learns to tell batches apart, if both
@@ -101,18 +127,19 @@ def _weigh_other_batches(code: Tensor, least: Tensor, first: int, n_cells: int) 
     Args:
         code: (N,), biological batches of the keys; -1: unknown.
         least: (), how much those of other batches count where there are enough others.
-        first: which key is the first of the queries.
-        n_cells: n.
+        place: where the n queries lie among the keys.
     """
     known, in_order = code >= 0, code.sort().values
     alike = torch.searchsorted(in_order, code, right=True) - torch.searchsorted(in_order, code)
     n_others = torch.where(known, known.sum() - alike, 0)
     lacking = FEWEST_CANDIDATES - (len(code) - n_others)
     weight = torch.maximum(lacking / n_others.clamp_min(1), least).clamp(0, 1)
-    queries, in_full = slice(first, first + n_cells), weight.new_ones(())
-    is_other = (code[queries, None] != code) & known[queries, None] & known
+    is_other, in_full = (
+        (code[place, None] != code) & known[place, None] & known,
+        weight.new_ones(()),
+    )
     return PairWeights(
-        torch.where(is_other, weight[queries, None], in_full),
+        torch.where(is_other, weight[place, None], in_full),
         torch.where(is_other, weight, in_full),
     )
 
@@ -191,9 +218,12 @@ class _SumsOfOdds(torch.autograd.Function):
         return of_queries, of_keys, None, None, None, None
 
 
-def _sum_over_ranks(x: Tensor, world: int) -> Tensor:
-    """The sum of the ranks' tensors, through which gradients flow back to all of them."""
-    return x if world == 1 else collectives.all_reduce(x)
+def _sum_over_ranks(sums: list[Tensor], world: int) -> list[Tensor]:
+    """Sum each tensor (M, .) over ranks; gradients flow back to all of them."""
+    if world == 1 or not sums:
+        return sums
+    every_sum = collectives.all_reduce(torch.cat(sums, 1))
+    return list(every_sum.split([one.shape[1] for one in sums], 1))
 
 
 def _gather_ranks(z: Tensor, batch_code: Tensor) -> tuple[Tensor, Tensor]:
