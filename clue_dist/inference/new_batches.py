@@ -93,15 +93,12 @@ def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path
     return report
 
 
-def learn_batches(
-    trained_model: TrainedModel, cells: Cells, seed: int = 0
-) -> tuple[TrainedModel, TunedBatches]:
+def learn_batches(trained_model: TrainedModel, cells: Cells) -> tuple[TrainedModel, TunedBatches]:
     """Teach a copy of a model the new batches of some cells.
 
     Args:
         trained_model: the model, which stays as it is.
         cells: the cells; `batch` of their obs names their batches.
-        seed: of the order in which cells are looked at.
 
     Raises:
         DataError: no cell is of a new batch.
@@ -128,7 +125,7 @@ def learn_batches(
     new_codes = codes.fillna(-1).to_numpy(np.int64)
     examples = _read_new_cells(model, cells, _choose_slices(slices, new_codes), new_codes)
     before = _score_cells(model, examples)
-    _train_rows(model, rows, examples, len(known.number_levels()), seed)
+    _train_rows(model, rows, examples, len(known.number_levels()))
     gain = _score_cells(model, examples) - before
     n_cells = sum(int((batch.batch_code >= 0).sum()) for batch, _ in examples)
     tuned = replace(trained_model, model=model.eval(), batch_vocabulary=vocabulary)
@@ -252,11 +249,10 @@ def _train_rows(
     rows: list[nn.Parameter],
     slices: list[tuple[Batch, Tensor]],
     n_known: int,
-    seed: int,
 ) -> None:
     """Find the rows of new batches; those of known ones get no gradient and stay bit for bit."""
     optimizer = torch.optim.Adam(rows, lr=LEARNING_RATE)
-    order, n_rounds = np.random.default_rng(seed), -(-STEPS // len(slices))
+    order, n_rounds = np.random.default_rng(0), -(-STEPS // len(slices))
     steps = np.concatenate([order.permutation(len(slices)) for _ in range(n_rounds)])
     with show_progress("learning batches", len(steps), unit="step") as progress:
         for number in steps:

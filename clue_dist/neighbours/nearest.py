@@ -124,7 +124,6 @@ def find_approximate_neighbours(
     queries: np.ndarray | Tensor,
     n_neighbours: int,
     keys: np.ndarray | Tensor,
-    title: str = _SEARCH_TITLE,
 ) -> Neighbours:
     """Find keys among the nearest of each query by faiss, in less than quadratic time.
 
@@ -136,7 +135,6 @@ def find_approximate_neighbours(
         queries: (N, D).
         n_neighbours: how many of them; all where there are fewer.
         keys: (M, D).
-        title: under which the progress of a long search is shown; "" shows none.
 
     Returns:
         Neighbours, whose index is -1 and distance infinite where too few were found.
@@ -161,7 +159,7 @@ def find_approximate_neighbours(
     count = min(n_neighbours, len(targets))
     squares = np.empty((len(points), count), np.float32)
     indices = np.empty((len(points), count), np.int64)
-    with show_progress(title, len(points)) as progress:
+    with show_progress(_SEARCH_TITLE, len(points)) as progress:
         for start in range(0, len(points), _QUERIES_AT_ONCE):
             part = slice(start, start + _QUERIES_AT_ONCE)
             index.search(points[part], count, D=squares[part], I=indices[part])

@@ -8,8 +8,7 @@ number of candidates. So a calibration on few cells holds for many, where each p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,10 +41,6 @@ class PairConfidence:
     def is_calibrated(self) -> bool:
         """Whether it was fitted on pairs of the model and the cells at hand."""
         return self.n_pairs > 0
-
-    def to_plain(self) -> dict[str, Any]:
-        """Turn it into plain data, whose values `PairConfidence` takes by keyword."""
-        return asdict(self)
 
     def compute_confidence(
         self, first: np.ndarray, second: np.ndarray, rows: np.ndarray, columns: np.ndarray

@@ -1,7 +1,5 @@
 """Matches of a model's cells: pairs, their matrix, and what their confidence is worth."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -185,11 +183,6 @@ def test_confidence_of_slices_of_pairs_is_that_of_all(monkeypatch):
     monkeypatch.setattr(pair_confidence, "_SLICE_ELEMENTS", 200)
     found = PairConfidence().compute_confidence(first, second, rows, columns)
     np.testing.assert_allclose(found, whole, rtol=1e-4)
-
-
-def test_a_calibration_survives_json():
-    confidence = PairConfidence(0.1, 0.9, -1.0, 70)
-    assert PairConfidence(**json.loads(json.dumps(confidence.to_plain()))) == confidence
 
 
 @pytest.mark.parametrize("ending", [".npz", ".csv", ".csv.gz"])

@@ -383,9 +383,9 @@ def test_points_can_be_coloured_by_what_tells_them_apart(embedding):
     assert cell_type.codes.count(-1) == 10
 
 
-def test_progress_is_announced(run, embedding):
-    lines = []
-    write_report(run, embedding, announce=lines.append)
+def test_progress_is_announced(run, embedding, capsys):
+    write_report(run, embedding)
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "reading o.h5mu ..."
     assert any(line.startswith("UMAP of 70 points, modalities") for line in lines)
 
@@ -394,12 +394,13 @@ def test_a_slow_step_says_that_it_goes_on(monkeypatch):
     monkeypatch.setattr(layouts, "_SILENCE", 0.01)
     lines, spoken = [], threading.Event()
 
-    def announce(line):
+    def print_error(line):
         lines.append(line)
         if "so far" in line:
             spoken.set()
 
-    with layouts.announce_progress("waiting", announce):
+    monkeypatch.setattr(layouts, "print_error", print_error)
+    with layouts.announce_progress("waiting"):
         assert spoken.wait(30)
     assert lines[0] == "waiting ..."
     assert "so far" in lines[1]

@@ -18,6 +18,8 @@ from clue_dist.store.count_rules import limit_rounding, make_count_error, make_r
 from clue_dist.store.encoding_kernels import LARGEST_COUNT
 from clue_dist.store.manifest_parts import Modality
 
+_ROWS_AT_ONCE = 4096  # that are read to find those without counts
+
 
 @dataclass(frozen=True, eq=False)
 class AlignedCounts:
@@ -63,7 +65,7 @@ class AlignedCounts:
         counts = self._align_counts(self._round_counts(sp.csr_matrix(found), rows))
         return counts.toarray() if self.modality.storage == "dense" else counts
 
-    def mark_empty(self, batch_size: int = 4096) -> np.ndarray:
+    def mark_empty(self) -> np.ndarray:
         """Which cells have no counts of the model's features, (n,) bool; reads every value.
 
         Raises:
@@ -71,8 +73,8 @@ class AlignedCounts:
         """
         n_cells = len(self.cell_names)
         empty = np.zeros(n_cells, bool)
-        for start in range(0, n_cells, batch_size):
-            rows = np.arange(start, min(start + batch_size, n_cells))
+        for start in range(0, n_cells, _ROWS_AT_ONCE):
+            rows = np.arange(start, min(start + _ROWS_AT_ONCE, n_cells))
             values = self.read_rows(rows)
             if not self.has_real_values:
                 empty[rows] = np.asarray(values.sum(axis=1)).ravel() == 0

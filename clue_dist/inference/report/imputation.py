@@ -44,9 +44,7 @@ class _Matched:
     truth: np.ndarray  # in the unit of the imputed values
 
 
-def compare_imputation(
-    path: Path, truth: str, seen_cells: frozenset[str], seed: int = 0
-) -> dict[str, Any]:
+def compare_imputation(path: Path, truth: str, seen_cells: frozenset[str]) -> dict[str, Any]:
     """Compare imputed values with the counts of a store.
 
     Counts are compared as their ln(1 + x), other values as they are.
@@ -55,7 +53,6 @@ def compare_imputation(
         path: an output of `clue impute`.
         truth: the store that holds the counts of the same cells, found by their barcodes.
         seen_cells: what identifies the cells that the run was trained on.
-        seed: seed of the draw of cells.
 
     Returns:
         The section, as JSON.
@@ -67,7 +64,7 @@ def compare_imputation(
     answer = _read_answer(path)
     about = dict(answer.uns[PROVENANCE_KEY])
     store = Store(truth)
-    matched = _match_values(path, answer, store, about, np.random.default_rng(seed))
+    matched = _match_values(path, answer, store, about)
     if answer.isbacked:
         answer.file.close()
     facts, shown = _compare_values(matched, about)
@@ -154,7 +151,6 @@ def _match_values(
     answer: ad.AnnData,
     store: Store,
     about: dict[str, Any],
-    draws: np.random.Generator,
 ) -> _Matched:
     """The cells that both have, MOST_COMPARED_CELLS at most, and the features of most counts."""
     modality = str(about["modality"])
@@ -167,6 +163,7 @@ def _match_values(
             got=f"{len(found)} of {answer.n_obs:,} barcodes of {path.name} with {modality}",
             fix="name the store whose cells were imputed, with the modality measured",
         )
+    draws = np.random.default_rng(0)
     cells = found[np.sort(draws.permutation(len(found))[:MOST_COMPARED_CELLS])]
     counts = _read_counts(store, modality, places.loc[cells])
     known = pd.Index(store.manifest.modalities[modality].features)

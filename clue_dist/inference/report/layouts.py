@@ -6,7 +6,7 @@ import importlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -16,6 +16,7 @@ import numpy as np
 from clue_dist.inference.report.figures import choose_colours, group_legend, name_rest
 from clue_dist.inference.report.profiles import UNKNOWN, EmbeddedFile, Profiles
 from clue_dist.metrics.integration import LABEL_NEIGHBOURS, predict_labels
+from clue_dist.process import print_error
 from clue_dist.store.kernel_cache import retry_with_cache
 
 MOST_LABELS = 40  # of a confusion matrix, the most frequent ones
@@ -64,14 +65,14 @@ class Confusion:
 
 
 @contextmanager
-def announce_progress(text: str, announce: Callable[[str], None]) -> Iterator[None]:
-    """Announce a step, that it still goes on every few seconds, and how long it took."""
-    announce(f"{text} ...")
+def announce_progress(text: str) -> Iterator[None]:
+    """Print a step, that it still goes on every few seconds, and how long it took."""
+    print_error(f"{text} ...")
     started, is_over = time.monotonic(), threading.Event()
 
     def speak_meanwhile() -> None:
         while not is_over.wait(_SILENCE):
-            announce(f"{text}: {time.monotonic() - started:.0f} s so far")
+            print_error(f"{text}: {time.monotonic() - started:.0f} s so far")
 
     speaker = threading.Thread(target=speak_meanwhile, daemon=True)
     speaker.start()
@@ -80,12 +81,10 @@ def announce_progress(text: str, announce: Callable[[str], None]) -> Iterator[No
     finally:
         is_over.set()
         speaker.join()
-    announce(f"{text}: {time.monotonic() - started:.1f} s")
+    print_error(f"{text}: {time.monotonic() - started:.1f} s")
 
 
-def compute_layouts(
-    embedded: EmbeddedFile, announce: Callable[[str], None]
-) -> list[tuple[Layout, Profiles, np.ndarray]]:
+def compute_layouts(embedded: EmbeddedFile) -> list[tuple[Layout, Profiles, np.ndarray]]:
     """Lay out the joint z and the profiles of the modalities, each by a UMAP of its own.
 
     Returns:
@@ -99,19 +98,18 @@ def compute_layouts(
     for profiles, title, meaning in kinds:
         if profiles is not None:
             n_points = len(profiles.z)
-            with announce_progress(f"UMAP of {n_points:,} points, {title}", announce):
+            with announce_progress(f"UMAP of {n_points:,} points, {title}"):
                 points = compute_umap(profiles.z)
             note = f"{n_points:,} points, {meaning}, scaled to length 1"
             layouts.append((_describe_layout(profiles, points, title, note), profiles, points))
     return layouts
 
 
-def compute_umap(latent: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Lay out profiles in two dimensions, the same for the same seed.
+def compute_umap(latent: np.ndarray) -> np.ndarray:
+    """Lay out profiles in two dimensions, each time alike.
 
     Args:
         latent: (n, D).
-        seed: seed of the layout.
 
     Returns:
         (n, 2).
@@ -122,7 +120,7 @@ def compute_umap(latent: np.ndarray, seed: int = 0) -> np.ndarray:
         warnings.simplefilter("ignore", UserWarning)  # a seed means one thread, as is wanted
         neighbours = max(2, min(30, len(latent) - 1))
         start = "spectral" if len(latent) > 50 else "random"
-        layout = umap.UMAP(n_neighbors=neighbours, min_dist=0.3, init=start, random_state=seed)
+        layout = umap.UMAP(n_neighbors=neighbours, min_dist=0.3, init=start, random_state=0)
         return np.asarray(layout.fit_transform(latent))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -51,7 +50,6 @@ from clue_dist.inference.score_tables import (
     select_unordered_pairs,
 )
 from clue_dist.metrics.matching import METRICS
-from clue_dist.process import print_error
 
 PAGE_FILE = "index.html"
 FORMAT = 1  # of the sections that a page keeps; those of another format are left out
@@ -67,7 +65,6 @@ def write_report(
     scores: Path | None = None,
     imputed: Path | None = None,
     truth: str | None = None,
-    announce: Callable[[str], None] = print_error,
 ) -> Path:
     """Write RUN/report/index.html and its figures.
 
@@ -77,7 +74,6 @@ def write_report(
         scores: an output of `launch/evaluate.py`, shown as tables.
         imputed: an output of `launch/impute.py`, compared with `truth`.
         truth: the store that holds the counts of the same cells.
-        announce: takes lines about the progress.
 
     Returns:
         The page. Sections of an earlier page stay where this call gives no other input for them.
@@ -98,14 +94,14 @@ def write_report(
     if scores is not None:
         sections["scores"] = read_scores(scores) | {"file": scores.name}
     if embedding is not None:
-        sections["embedding"] = _build_embedding(embedding, figures, announce)
+        sections["embedding"] = _build_embedding(embedding, figures)
     if imputed is not None and truth is not None:
         seen_cells = frozenset() if facts.card is None else facts.card.identities
-        with announce_progress(f"comparing {imputed.name} with {truth}", announce):
+        with announce_progress(f"comparing {imputed.name} with {truth}"):
             sections["imputation"] = compare_imputation(imputed, truth, seen_cells)
     metrics, n_unreadable = read_metrics(run / "metrics.jsonl")
     panels = list_panels(metrics)
-    with announce_progress("drawing the curves", announce):
+    with announce_progress("drawing the curves"):
         shown = panels["scores"] + panels["losses"]
         if shown:
             figures["curves"] = render_png(draw_panels(shown))
@@ -127,12 +123,12 @@ def read_sections(page: Path) -> dict[str, Section]:
     return dict(kept["sections"]) if is_known else {}
 
 
-def _build_embedding(path: Path, figures: Figures, announce: Callable[[str], None]) -> Section:
+def _build_embedding(path: Path, figures: Figures) -> Section:
     """Lay out an embedding and draw it; labels pass from one modality to the others."""
-    with announce_progress(f"reading {path.name}", announce):
+    with announce_progress(f"reading {path.name}"):
         embedded = read_profiles(path)
-    layouts = compute_layouts(embedded, announce)
-    with announce_progress("drawing the UMAPs", announce):
+    layouts = compute_layouts(embedded)
+    with announce_progress("drawing the UMAPs"):
         for layout, profiles, points in layouts:
             _draw_layout(layout.title.replace(" ", "_"), profiles, points, figures)
     confusions = [] if embedded.alone is None else list_confusions(embedded.alone)
