@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from clue_dist.data.batch import PairRows
 
-# Odds are at most e to this, and those of 400,000 keys sum to a float32. Smaller by 127 than the
-# largest logit, a logit is lost; with the highest scale, 100, that is a cosine below -0.27.
+# Odds are at most e to this, so that sums of any number of them are finite in float32. A logit that
+# is smaller by 127 than the largest possible one is lost: at the highest scale, 100, where a cosine
+# is below -0.27.
 HEADROOM = 40.0
-LEAST_ODDS = 1e-37  # in place of a sum of odds that are all lost
+LEAST_ODDS = 1e-35  # in place of a smaller sum, the gradient of which might not be finite
 # Where fewer cells than this are of a cell's biological batch, those of other batches count so much
 # that there are as many in effect: hardly anything can be learnt from a few.
 FEWEST_CANDIDATES = 64
@@ -134,13 +135,9 @@ def _weigh_other_batches(code: Tensor, least: Tensor, place: slice) -> PairWeigh
     n_others = torch.where(known, known.sum() - alike, 0)
     lacking = FEWEST_CANDIDATES - (len(code) - n_others)
     weight = torch.maximum(lacking / n_others.clamp_min(1), least).clamp(0, 1)
-    is_other, in_full = (
-        (code[place, None] != code) & known[place, None] & known,
-        weight.new_ones(()),
-    )
+    is_other = (code[place, None] != code) & known[place, None] & known
     return PairWeights(
-        torch.where(is_other, weight[place, None], in_full),
-        torch.where(is_other, weight, in_full),
+        torch.where(is_other, weight[place, None], 1.0), torch.where(is_other, weight, 1.0)
     )
 
 

@@ -175,6 +175,18 @@ def test_info_nce_is_finite_where_no_odds_are_left() -> None:
     assert z.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("cosine", [-0.24, -0.25, -0.26])
+def test_gradients_of_info_nce_are_finite_where_hardly_any_odds_are_left(cosine: float) -> None:
+    """At the highest scale, of the only pair of a batch."""
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([cosine, math.sqrt(1 - cosine**2)])
+    z = torch.stack([first, second])[None, None].requires_grad_()
+    log_scale = torch.tensor(100.0).log()
+    pair_rows = {(0, 1): torch.zeros(1, dtype=torch.long)}
+    compute_info_nce(z, pair_rows, torch.zeros(1).long(), log_scale, None, 0.0).backward()
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
+
+
 def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
