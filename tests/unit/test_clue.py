@@ -235,6 +235,34 @@ def test_cells_of_a_stratum_with_one_round_are_contrasted_as_they_are() -> None:
     assert not torch.isclose(mixed[:8], plain[:8]).all((1, 2)).all()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("pattern", ["no pairs", "one without pairs", "one modality"])
+def test_mixtures_leave_the_posterior_as_it_is(shared: bool, pattern: str) -> None:
+    model, batch, noise = small_model(
+        k=1 if pattern == "one modality" else K, members=2, shared=shared, private=0.5
+    )
+    observed = batch.observed.clone()
+    if pattern == "no pairs":
+        observed = torch.eye(K, dtype=torch.bool).repeat(B // K, 1)
+    elif pattern == "one without pairs":
+        observed[:, 2] = ~observed[:, :2].any(1)
+        observed[0] = torch.tensor([False, False, True])
+    rows = [column.nonzero()[:, 0] for column in observed.T]
+    modalities = {
+        f"m{i}": ObservedModality(r, draw(len(r), 6), (observed.sum(1) > 1)[r].nonzero()[:, 0])
+        for i, r in enumerate(rows)
+    }
+    batch = Batch(observed, batch.batch_code, modalities)
+    model.eval()
+    mixed, plain = (model.model(batch, noise, mixup=mixup) for mixup in (True, False))
+    torch.testing.assert_close(mixed.posterior, plain.posterior)
+    loss, _ = model.train().compute_loss(batch, noise)
+    loss.backward()
+    gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in [loss, *gradients])
+
+
 def test_a_mixture_is_of_the_batch_that_has_the_larger_share() -> None:
     model, batch, _ = small_model(members=2)
     model.eval()
