@@ -21,7 +21,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from clue_dist.inference.answer_files import check_answer_path
-    from clue_dist.inference.embed import EMBEDDING_FORMATS, embed_store
+    from clue_dist.inference.cells import open_cells
+    from clue_dist.inference.embed import EMBEDDING_FORMATS, embed_cells
     from clue_dist.inference.file_order import check_like, parse_like
 
     def check_arguments() -> None:
@@ -32,13 +33,12 @@ def main() -> None:
 
     with open_model_and_store(arguments, check_arguments) as opened:
         trained_model, store, ranks = opened
-        embed_store(
+        embed_cells(
             trained_model,
-            store,
+            open_cells(store, trained_model, min_known=arguments.min_known),
             arguments.out,
             run=arguments.run,
             per_modality=arguments.per_modality,
-            min_known=arguments.min_known,
             batch_size=arguments.batch_size,
             like=arguments.like,
             ranks=ranks,

@@ -1,4 +1,4 @@
-"""Embeds a store with a trained model, over any number of ranks, into .h5mu, .h5ad or .zarr."""
+"""Embeds cells with a trained model, over any number of ranks, into .h5mu, .h5ad or .zarr."""
 
 from __future__ import annotations
 
@@ -10,68 +10,22 @@ import mudata as md
 import numpy as np
 import pandas as pd
 
-from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import DataError
 from clue_dist.inference.answer_files import PROVENANCE_KEY, check_answer_path, write_tables
-from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
+from clue_dist.inference.cells import Cells, MemoryCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.file_order import restore_file_order
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import make_scratch_folder
-from clue_dist.inference.query import require_fitting_store
 from clue_dist.inference.stream import Embedding, compute_embedding, embed_in_memory
-from clue_dist.process import print_error, silence_mudata
+from clue_dist.process import silence_mudata
 from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import name_level_column
-from clue_dist.store.reader import Store
 
 EMBEDDING_FORMATS = (".h5mu", ".h5ad", ".zarr")
 KEY = "X_clue"  # key in obsm
 VARIANCE_KEY = "X_clue_var"  # key in obsm of the variance of each dimension
 OBSERVED_COLUMN = "clue_modalities"  # of obs: what was observed of a cell, as "rna+adt"
-
-
-def embed_store(
-    trained_model: TrainedModel,
-    store: Store,
-    out: Path,
-    *,
-    run: Path | str,
-    per_modality: bool = False,
-    min_known: float = MIN_KNOWN,
-    batch_size: int = 4096,
-    like: str | None = None,
-    ranks: Ranks | None = None,
-) -> None:
-    """Embed every cell of a store: `check_query`, then `embed_cells`, whose arguments these are.
-
-    Args:
-        trained_model: the model.
-        store: the cells.
-        out: where to; its ending chooses the format.
-        run: the run's folder, to be named in the output.
-        per_modality: whether z from each modality alone is wanted, too.
-        min_known: the least share of a modality's features that each file must have had.
-        batch_size: cells embedded at once.
-        like: `[DATASET:]FILE` whose barcodes and order the embedding gets.
-        ranks: this process among the others; by default it is alone.
-
-    Raises:
-        ClueError: what these two raise.
-    """
-    ranks = ranks or Ranks()
-    check_answer_path(out, EMBEDDING_FORMATS)
-    check_query(trained_model, store, min_known, ranks)
-    embed_cells(
-        trained_model,
-        StoreCells(store, trained_model),
-        out,
-        run=run,
-        per_modality=per_modality,
-        batch_size=batch_size,
-        like=like,
-        ranks=ranks,
-    )
 
 
 def embed_cells(
@@ -201,17 +155,6 @@ def embed_anndata(
             rows = source.obs_names.get_indexer(table.obs_names)
             table.obsm[KEY] = embedding.alone[name][rows]
     return embedding.joint
-
-
-def check_query(trained_model: TrainedModel, store: Store, min_known: float, ranks: Ranks) -> None:
-    """Check that a model can embed a store; rank 0 prints what makes its z doubtful.
-
-    Raises:
-        StoreError: modalities or features that are not the model's, or were hardly measured.
-    """
-    for doubt in require_fitting_store(store, trained_model, min_known):
-        if ranks.is_first:
-            print_error(f"warning: {doubt}")
 
 
 def describe_embedding(

@@ -18,8 +18,8 @@ import numpy as np
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
 from clue_dist.files import write_file
-from clue_dist.inference.cells import SegmentSlice, StoreCells
-from clue_dist.inference.embed import check_query, describe_embedding
+from clue_dist.inference.cells import SegmentSlice, open_store_cells
+from clue_dist.inference.embed import describe_embedding
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import (
     check_output_format,
@@ -94,9 +94,8 @@ def evaluate_store(
     """
     ranks = ranks or Ranks()
     check_scores_path(out, max_cells)
-    check_query(trained_model, store, min_known, ranks)
     sample = _ScoredSample.choose_cells(store, max_cells)
-    asked = StoreCells(store, trained_model, sample.count_cells())
+    asked = open_store_cells(store, trained_model, min_known, sample.count_cells())
     slices = asked.slice_cells(batch_size)
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(

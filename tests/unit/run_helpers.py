@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,11 @@ from safetensors.torch import save_file
 from clue_dist.checkpoint.model_card import write_model_card
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState
 from clue_dist.config import Config
+from clue_dist.inference.cells import open_cells
+from clue_dist.inference.embed import embed_cells
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.model.clue import CLUE, build_model
+from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
 from clue_dist.train.setup import Setup, prepare_setup
 
@@ -41,6 +46,11 @@ def commit_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     (folder / STATE).write_text(json.dumps(asdict(RunState(5, 1, "f"))))
     files = {path.name: hash_file(path).model_dump() for path in folder.iterdir()}
     (folder / COMMIT).write_text(json.dumps(files))
+
+
+def embed_store(trained_model: TrainedModel, store: Store, out: Path, **choices: Any) -> None:
+    """Embed the cells of a store into a file; `choices` are those of `embed_cells`."""
+    embed_cells(trained_model, open_cells(store, trained_model), out, **choices)
 
 
 def make_run(run: Path, store: Path) -> Path:

@@ -17,7 +17,6 @@ import torch
 from clue_dist.data.assembly import read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError
 from clue_dist.inference.answer_files import check_answer_path
-from clue_dist.inference.embed import embed_store
 from clue_dist.inference.query import require_known_features
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
@@ -25,6 +24,7 @@ from tests.distributed.command import alone
 from tests.fakes import FakeTrainedModel, widen_modalities
 from tests.processes import run_ranks
 from tests.stores import make_store
+from tests.unit.run_helpers import embed_store
 
 CELLS = {"rna+adt": 90, "rna": 41, "adt": 20}
 
@@ -144,7 +144,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
     code = """
         from pathlib import Path
         from clue_dist.inference.array_folder import ArrayFolder
-        from clue_dist.inference.embed import embed_store
+        from tests.unit.run_helpers import embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
         from tests.fakes import FakeTrainedModel, widen_modalities
@@ -263,13 +263,14 @@ from clue_dist.process import run_main
 from clue_dist.store.reader import Store
 from tests.distributed.command import alone
 from tests.fakes import FakeTrainedModel
+from tests.unit.run_helpers import embed_store
 store, out, write = Store(sys.argv[1]), Path(sys.argv[2]), embed.write_tables
 
 def write_to_full_disk(*arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
     write(*arguments)
 
-embed.write_tables, embed_store = write_to_full_disk, embed.embed_store
+embed.write_tables = write_to_full_disk
 run_main(lambda: embed_store(FakeTrainedModel(store.manifest.modalities), store, out, run="r"))
 """
 
@@ -304,7 +305,7 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
     code = """
         import torch
         from pathlib import Path
-        from clue_dist.inference.embed import embed_store
+        from tests.unit.run_helpers import embed_store
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store

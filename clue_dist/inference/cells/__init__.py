@@ -9,6 +9,7 @@ from clue_dist.inference.cells.sources import find_source_file as find_source_fi
 from clue_dist.inference.cells.sources import name_modalities as name_modalities
 from clue_dist.inference.cells.sources import open_cells as open_cells
 from clue_dist.inference.cells.sources import open_source as open_source
+from clue_dist.inference.cells.sources import open_store_cells as open_store_cells
 from clue_dist.inference.cells.store_cells import CellSlice as CellSlice
 from clue_dist.inference.cells.store_cells import SegmentSlice as SegmentSlice
 from clue_dist.inference.cells.store_cells import StoreCells as StoreCells

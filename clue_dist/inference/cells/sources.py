@@ -102,7 +102,8 @@ def open_cells(
     """
     source, modalities = open_source(source), list_chosen(modalities)
     if isinstance(source, Store):
-        return _open_store_cells(source, trained_model, modalities, min_known)
+        view = select_modalities(source, modalities) if modalities else source
+        return open_store_cells(view, trained_model, min_known)
     least = MIN_KNOWN_IN_MEMORY if min_known is None else min_known
     choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, least)
     return collect_memory_cells(source, trained_model, choices)
@@ -272,15 +273,24 @@ def _open_tables(source: object) -> ad.AnnData | md.MuData | None:
     return opened
 
 
-def _open_store_cells(
+def open_store_cells(
     store: Store,
     trained_model: TrainedModel,
-    modalities: Sequence[str] | None,
-    min_known: float | None,
+    min_known: float | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> StoreCells:
-    """Check that the model can be asked about the cells of a store, and warn of doubtful ones."""
-    view = select_modalities(store, modalities) if modalities else store
+    """Open cells of a store, whose modalities the model knows, and warn where they are doubtful.
+
+    Args:
+        store: the store.
+        trained_model: the model.
+        min_known: as of `open_cells`.
+        sizes: how many cells of each segment; by default all.
+
+    Raises:
+        StoreError: modalities or features that are not the model's, or were hardly measured.
+    """
     least = MIN_KNOWN if min_known is None else min_known
-    for doubt in require_fitting_store(view, trained_model, least):
+    for doubt in require_fitting_store(store, trained_model, least):
         warn_of_cells(doubt)
-    return StoreCells(view, trained_model)
+    return StoreCells(store, trained_model, sizes)

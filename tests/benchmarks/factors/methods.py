@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from clue_dist.config_file import load_config
-from clue_dist.inference.embed import embed_store
+from clue_dist.inference.cells import open_cells
+from clue_dist.inference.embed import embed_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.reader import Store
 from clue_dist.train.setup import prepare_setup
@@ -45,7 +46,8 @@ def embed_common_space(training: Training, alignment: float) -> tuple[md.MuData,
     model = common_space.train_model(setup, alignment)
     seconds = time.monotonic() - began
     loaded = TrainedModel(model, setup.store.manifest.modalities, "last", setup.config)
-    embed_store(loaded, Store(stores / "test.zarr"), out, run=folder, per_modality=True)
+    cells = open_cells(Store(stores / "test.zarr"), loaded)
+    embed_cells(loaded, cells, out, run=folder, per_modality=True)
     with mosaic.ignore_warnings():
         return md.read(out), seconds
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from clue_dist import config_file
 from clue_dist.checkpoint import resuming, run_folder
 from clue_dist.config import Config
-from clue_dist.inference.embed import embed_store
+from clue_dist.inference import embed
+from clue_dist.inference.cells import open_cells
 from clue_dist.inference.load_model import load_model
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
@@ -107,8 +108,8 @@ def spoil_run(base: Path, folder: Path, number: int, rng: Random) -> Trial:
         commit.write_text(json.dumps(listing))
     what = f"{path.relative_to(root)}{', signed again' if signed else ''}: {change}"
     task = (root, base, path not in unsigned and not signed)
-    embed = partial(embed_cells, *task, folder / "out.h5ad")
-    return Trial(what, {"embed": embed, "resume": partial(resume_run, *task)})
+    embedding = partial(embed_cells, *task, folder / "out.h5ad")
+    return Trial(what, {"embed": embedding, "resume": partial(resume_run, *task)})
 
 
 def embed_cells(root: Path, base: Path, fits: bool, out: Path) -> None:
@@ -116,7 +117,8 @@ def embed_cells(root: Path, base: Path, fits: bool, out: Path) -> None:
     loaded = load_model(root)
     if fits:
         require_same(loaded.model.state_dict(), base / "run" / "best" / loaded.name)
-    embed_store(loaded, Store(str(base / "s.zarr")), out, run=root)
+    cells = open_cells(Store(str(base / "s.zarr")), loaded)
+    embed.embed_cells(loaded, cells, out, run=root)
 
 
 def resume_run(root: Path, base: Path, fits: bool) -> None:
