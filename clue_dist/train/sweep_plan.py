@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clue_dist.config_file import RECIPES
 from clue_dist.errors import ConfigError
+from clue_dist.number_checks import require_number
 
 EXAMPLE_PLAN = RECIPES / "sweep.yaml"  # which is installed, too
 _ENVIRONMENT_VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
@@ -188,9 +189,13 @@ def list_trials(plan: SweepPlan, n_trials: int | None = None, seed: int = 0) -> 
         seed: seed of a random search. A larger number of trials begins with those of a smaller.
 
     Raises:
-        ConfigError: a grid over a range without steps, or a random search without an end.
+        ConfigError: a grid over a range without steps, or a random search without an end; no
+            number of trials, or no seed.
     """
-    most = n_trials or plan.run_cap
+    most = plan.run_cap if n_trials is None else n_trials
+    if most is not None:
+        require_number("trials", most, 1, whole=True)
+    require_number("seed", seed, whole=True)
     choices = _list_grid(plan) if plan.method == "grid" else _draw_choices(plan, most, seed)
     # Two draws may be alike, as of few values.
     trials = {trial.run_id: trial for trial in (_name_trial(plan, choice) for choice in choices)}

@@ -67,6 +67,11 @@ def test_random_trials_are_the_same_at_every_call_and_more_of_them_change_none()
     assert 8 < sum(trial.parameters["train.lr"] < 1e-3 for trial in many) < 32
     with pytest.raises(ConfigError, match="no end of its own"):
         list_trials(make_plan(run_cap=None))
+    for wrong in (0, -1):
+        with pytest.raises(ConfigError, match=r"where: trials\n.*\n.* 1 or more"):
+            list_trials(make_plan(), wrong)
+    with pytest.raises(ConfigError, match="where: seed"):
+        list_trials(make_plan(), 3, -1)
 
 
 def test_the_name_of_a_trial_says_what_was_set() -> None:
