@@ -215,9 +215,14 @@ def fill_missing_gradients(engine: Any) -> None:
     """
     if checks_gradients(engine):  # such an engine does it by itself
         return
-    for weight in engine.module.parameters():
+    for weight in list_optimized(engine):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
+
+
+def list_optimized(engine: Any) -> list[Tensor]:
+    """List the weights that torch's optimizer updates. A walk through all modules takes longer."""
+    return [weight for group in engine.optimizer.param_groups for weight in group["params"]]
 
 
 def list_reduced_gradients(engine: Any) -> tuple[list[Tensor], bool]:
@@ -227,8 +232,8 @@ def list_reduced_gradients(engine: Any) -> tuple[list[Tensor], bool]:
         The gradients, already averaged over ranks, and whether each rank has a share of them alone.
     """
     if not checks_gradients(engine):
-        parameters = engine.module.parameters()
-        return [weight.grad for weight in parameters if weight.grad is not None], False
+        weights = list_optimized(engine)
+        return [weight.grad for weight in weights if weight.grad is not None], False
     groups = read_private(engine.optimizer, "averaged_gradients")
     return [gradient for gradients in groups.values() for gradient in gradients], True
 

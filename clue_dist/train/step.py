@@ -17,6 +17,7 @@ from clue_dist.data.batch import Batch
 from clue_dist.deepspeed_internals import (
     checks_gradients,
     fill_missing_gradients,
+    list_optimized,
     list_reduced_gradients,
 )
 from clue_dist.resilience.stop_signals import StopFlag
@@ -69,7 +70,7 @@ def train_step(
     outcome = _agree_on_outcome(trainer, step, taken, means, norm, saver, stop)
     engine.basic_optimizer.skip = outcome.skipped
     if norm is not None and trainer.setup.config.train.clip > 0 and not outcome.skipped:
-        weights = engine.module.parameters()
+        weights = list_optimized(engine)
         torch.nn.utils.clip_grads_with_norm_(weights, trainer.setup.config.train.clip, norm)
     if saver is not None:
         saver.wait_for_copies()

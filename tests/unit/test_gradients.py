@@ -51,7 +51,8 @@ def test_every_gradient_is_averaged_once(monkeypatch: pytest.MonkeyPatch) -> Non
     gradients.average_scored_rows(shared.model)
     for objective in (alone, shared):
         objective.compute_loss(make_batch(TINY), make_noise(TINY, 0))[0].backward()
-        fill_missing_gradients(SimpleNamespace(module=objective, optimizer=None))
+        optimizer = torch.optim.SGD(objective.parameters())
+        fill_missing_gradients(SimpleNamespace(optimizer=optimizer))
     gradients.average_other_gradients(shared)
     hooked = [f"model.decoders.{i}.rate.weight" for i in (0, 1)]  # of 60 and 90 features, 40 a step
     for (name, weight), same in zip(alone.named_parameters(), shared.parameters(), strict=True):
