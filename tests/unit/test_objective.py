@@ -315,12 +315,12 @@ def test_what_a_cell_lacks_does_not_touch_its_loss(monkeypatch: pytest.MonkeyPat
     model.eval()
     loss, _ = model.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
     # What is said of unobserved sources is arbitrary: make it absurd.
-    encode = model.model._place_experts
+    place = model.model._place_experts
     monkeypatch.setattr(
         model.model,
         "_place_experts",
         lambda *arguments: tuple(
-            torch.where(OBSERVED[:, :, None, None], values, 3.0) for values in encode(*arguments)
+            torch.where(OBSERVED[:, :, None, None], values, 3.0) for values in place(*arguments)
         ),
     )
     other, _ = model.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
@@ -353,10 +353,10 @@ def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed
     off = dict.fromkeys(("lambda_self", "lambda_mse", "lambda_d", "lambda_contrastive"), 0.0)
     model, batch, noise = small_model(private=0.5, **off, lambda_cross=1.0)
     kept: list[Tensor] = []
-    encode = model.model._place_experts
+    place = model.model._place_experts
 
     def keep_experts(*arguments: Any) -> list[Tensor]:
-        experts = list(encode(*arguments))
+        experts = list(place(*arguments))
         kept.extend(experts)
         return experts
 

@@ -232,7 +232,7 @@ def name_modalities(
         return source
     parts = name_parts(mdata, trained_model, MemoryChoices(modality=modality))
     keys = {name: part.key for name, part in parts.items()}
-    if {*keys.items()} == {(name, name) for name in mdata.mod}:
+    if keys == {name: name for name in mdata.mod}:
         return source
     if isinstance(source, (str, Path)):
         return [f"{name}={source}:{key}" for name, key in keys.items()]
