@@ -31,7 +31,9 @@ def require_number(
     Raises:
         ConfigError: it is no such number.
     """
-    is_number = isinstance(value, Integral if whole else Real) and math.isfinite(value)
+    kind: Any = Integral if whole else Real
+    # `math.isfinite` knows no integer beyond the range of a float.
+    is_number = isinstance(value, kind) and -math.inf < value < math.inf
     if is_number and least <= value <= most and not (above and value == least):
         return
     raise ConfigError(

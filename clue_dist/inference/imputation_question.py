@@ -24,6 +24,7 @@ MEAN, LOWER, UPPER, SAMPLE = "X", "lower", "upper", "sample-"  # matrices of an 
 # Draws of a cell and feature from which the interval is taken, or more where its share asks for
 # that. With 99 draws and the value itself the ranks of 90% lie exactly between two draws.
 INTERVAL_DRAWS = 99
+LARGEST_SEED = 2**63 - 1  # that the file of an answer holds
 LARGEST_INTERVAL = 0.999  # which takes 1,999 draws
 
 
@@ -212,7 +213,7 @@ def _require_known(name: str, known: Sequence[str], what: str, others: str = "")
 def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
     """Require numbers that mean something."""
     size, interval = choices.library_size, choices.interval
-    require_number("seed", choices.seed, whole=True)
+    require_number("seed", choices.seed, 0, LARGEST_SEED, whole=True)
     require_number("samples", choices.samples, whole=True)
     if size is not None and size != OWN:
         require_number(f"library_size, unless it is {OWN!r}", size, above=True)

@@ -220,6 +220,7 @@ def test_several_z_of_a_cell_are_averaged_be_its_batch_known_or_not(trained):
         ({"modality": "adt", "interval": "0.9"}, "above 0, 0.999 at most"),
         ({"modality": "adt", "samples": 2.5}, "a whole number, 0 or more"),
         ({"modality": "adt", "seed": -1}, "a whole number, 0 or more"),
+        ({"modality": "adt", "seed": 10**400}, "a whole number, 0 or more"),
         ({"modality": "adt", "threshold": "low"}, "a number, 0 or more"),
         ({"modality": "adt", "features": []}, "no feature"),
         ({"modality": "adt", "features": ["adt-1", "adt-1"]}, "twice"),
