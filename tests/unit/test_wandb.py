@@ -69,6 +69,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
         time.sleep(1.1)  # wandb names its folders by the second
         page = write_report(folder / "run", scores=folder / "scores.json")
         log_report(folder / "run", page)
+        wandb.teardown()  # its service may still be writing when a run is finished
     found = read_recorded_run(folder / "run")
     assert found.run_id == (folder / "run" / "wandb-id").read_text()
     return found
