@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as collectives
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -219,7 +218,7 @@ def _sum_over_ranks(sums: list[Tensor], world: int) -> list[Tensor]:
     """Sum each tensor (M, .) over ranks; gradients flow back to all of them."""
     if world == 1 or not sums:
         return sums
-    every_sum = collectives.all_reduce(torch.cat(sums, 1))
+    every_sum = _SumOverRanks.apply(torch.cat(sums, 1))
     return list(every_sum.split([one.shape[1] for one in sums], 1))
 
 
@@ -228,6 +227,24 @@ def _gather_ranks(z: Tensor, batch_code: Tensor) -> tuple[Tensor, Tensor]:
     of_ranks = [torch.empty_like(batch_code) for _ in range(dist.get_world_size())]
     dist.all_gather(of_ranks, batch_code)
     return _GatherWithGradient.apply(z.transpose(0, 1)).transpose(0, 1), torch.cat(of_ranks)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Add up the tensors of all ranks; the ranks' gradients flow back, summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _add_up(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _add_up(gradient)
+
+
+def _add_up(x: Tensor) -> Tensor:
+    every_sum = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(every_sum)
+    return every_sum
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -242,6 +259,4 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.narrow(0, dist.get_rank() * ctx.n_rows, ctx.n_rows)
+        return _add_up(gradient).narrow(0, dist.get_rank() * ctx.n_rows, ctx.n_rows)

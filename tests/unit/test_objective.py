@@ -207,7 +207,7 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
     def become_rank(number: int) -> None:
         calls = itertools.count()
 
-        def sum_over_ranks(part: Tensor) -> Tensor:
+        def add_up_odds(part: Tensor) -> Tensor:
             call = next(calls)
             odds[call, number] = part
             return sum((part for (of, _), part in odds.items() if of == call), torch.zeros(()))
@@ -217,10 +217,9 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
             get_world_size=lambda: 2,
             get_rank=lambda: number,
             all_gather=all_gather,
-            all_reduce=lambda gradient: gradient.mul_(2),  # every rank adds the same gradient
         )
         monkeypatch.setattr(info_nce, "dist", job)
-        monkeypatch.setattr(info_nce, "collectives", SimpleNamespace(all_reduce=sum_over_ranks))
+        monkeypatch.setattr(info_nce, "_add_up", add_up_odds)
 
     for _ in range(2):  # the second time the odds of all ranks are known
         losses = []
@@ -229,10 +228,10 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
             losses.append(
                 compute_info_nce(z[:, rank], pair_rows, code[rank], log_scale, torch.ones(K), 0.5)
             )
-            part, weight = (
-                z.transpose(0, 1)[rank].clone().requires_grad_(),
-                draw(2 * B, 2, K, K * D),
-            )
+            part, weight = z.transpose(0, 1)[rank].clone(), draw(2 * B, 2, K, K * D)
+            part.requires_grad_()
+            # Every rank adds the same gradient.
+            monkeypatch.setattr(info_nce, "_add_up", lambda gradient: 2 * gradient)
             (info_nce._GatherWithGradient.apply(part) * weight).sum().backward()
             assert part.grad is not None
             torch.testing.assert_close(part.grad, 2 * weight[rank])
