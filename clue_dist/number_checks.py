@@ -33,7 +33,9 @@ def require_number(
     """
     kind: Any = Integral if whole else Real
     # `math.isfinite` knows no integer beyond the range of a float.
-    is_number = isinstance(value, kind) and -math.inf < value < math.inf
+    is_number = (
+        isinstance(value, kind) and not isinstance(value, bool) and -math.inf < value < math.inf
+    )
     if is_number and least <= value <= most and not (above and value == least):
         return
     raise ConfigError(

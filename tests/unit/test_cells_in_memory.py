@@ -110,7 +110,7 @@ def test_batches_are_those_of_the_store(store, loaded):
 def test_slices_hold_a_cell_at_least(store, loaded, form):
     cells = open_cells(form(store), loaded)
     assert sum(cell_slice.n_cells for cell_slice in cells.slice_cells(1)) == cells.n_cells
-    for batch_size in (0, -3, 2.5, "all"):
+    for batch_size in (0, -3, 2.5, True, "all"):
         with pytest.raises(ConfigError, match=f"batch_size\n.*{batch_size}.*\n.* whole number, 1"):
             cells.slice_cells(batch_size)
 
