@@ -120,6 +120,17 @@ class FolderError(SavingError):
     exit_code = LOST
 
 
+def name_argument(name: str, given: object = None) -> str:
+    """Name an argument of a call, and before it the option of the commands that says the same.
+
+    Args:
+        name: the argument, as `n_partners`, of which the option `--partners` leaves out the `n_`.
+        given: its value, where the value is a name that tells more.
+    """
+    option = "--" + name.removeprefix("n_").rstrip("_").replace("_", "-")
+    return f"{option}{'' if given is None else f' {given}'}, in Python `{name}`"
+
+
 def list_names(names: Iterable[object], limit: int = 10) -> str:
     """Write down the first `limit` names, then how many more there are."""
     names = list(names)

@@ -19,6 +19,7 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError
 from clue_dist.files import TEMPORARY_ENDING, replace_file
 from clue_dist.kinds import KINDS, infer_kind
+from clue_dist.number_checks import require_number
 from clue_dist.process import silence_mudata
 from data_prep.jobs.whole_folders import make_folder
 from data_prep.options import FIELDS, require_known_modalities
@@ -54,24 +55,19 @@ class SimulationSpec:
             sizes: the other fields.
 
         Raises:
-            DataError: a size makes no sense, a modality is of unknown kind, or a kind is given of
-                no modality.
+            ConfigError: a size makes no sense.
+            DataError: a modality is of unknown kind, or a kind is given of no modality.
         """
         require_known_modalities("--kind", kinds, features)
         modalities = tuple((name, infer_kind(name, kinds), n) for name, n in features.items())
         spec = cls(modalities, **sizes)
-        counted = {"cells": spec.cells, "batches": spec.batches, "shared": spec.shared, **features}
-        for name, value in counted.items():
-            if value < 1:
-                raise DataError(
-                    "a size must be positive", where=name, got=value, expected="1 or more"
-                )
-        if not 0 <= spec.paired <= 1 or spec.private < 0 or spec.seed < 0:
-            raise DataError(
-                "a simulation that is not possible",
-                got=f"paired {spec.paired}, private {spec.private}, seed {spec.seed}",
-                expected="paired from 0 to 1, private and seed 0 or more",
-            )
+        for name, n_features in features.items():
+            require_number(f"--modality {name}:{n_features}", n_features, 1, whole=True)
+        for name in ("cells", "batches", "shared"):
+            require_number(f"--{name}", getattr(spec, name), 1, whole=True)
+        for name in ("private", "seed"):
+            require_number(f"--{name}", getattr(spec, name), whole=True)
+        require_number("--paired", spec.paired, 0, 1)
         return spec
 
     def build_sources(self) -> list[Source]:

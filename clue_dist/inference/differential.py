@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clue_dist.errors import ConfigError, list_names, suggest_names
+from clue_dist.errors import ConfigError, list_names, name_argument, suggest_names
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.cells.named_counts import list_chosen
 from clue_dist.inference.imputation_question import (
@@ -81,8 +81,8 @@ def compare_groups(
         ConfigError: no such column, group, modality, feature or batch; a group without cells; no
             group but the reference; no pairs, or a change below 0.
     """
-    require_number("pairs", choices.pairs, 1, whole=True)
-    require_number("least_change", choices.least_change)
+    require_number(name_argument("pairs"), choices.pairs, 1, whole=True)
+    require_number(name_argument("least_change"), choices.least_change)
     if choices.reference is not None:
         choices = replace(choices, reference=str(choices.reference))
     question = read_question(
@@ -124,7 +124,7 @@ def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) 
     if not (isinstance(choices.groupby, str) and choices.groupby in obs):
         raise ConfigError(
             "obs has no such column",
-            where=f"groupby={choices.groupby!r}",
+            where=name_argument("groupby", choices.groupby),
             got=f"columns: {list_names(obs.columns, 30) or 'none'}",
             fix=suggest_names(choices.groupby, list(map(str, obs.columns))),
         )
@@ -144,14 +144,14 @@ def _list_groups(labels: np.ndarray, choices: DifferentialChoices) -> list[str]:
     if absent := [name for name in named if name not in known]:
         raise ConfigError(
             "there is no cell of a group",
-            where=f"groupby={choices.groupby!r}",
+            where=name_argument("groupby", choices.groupby),
             got=list_names(absent),
             expected=list_names(known) or "none has a source to infer from",
         )
     if len(known) < 2 or not wanted:
         raise ConfigError(
             "nothing to compare with",
-            where=f"groupby={choices.groupby!r}",
+            where=name_argument("groupby", choices.groupby),
             got=f"groups: {list_names(known) or 'none'}",
             expected="two groups or more",
         )
@@ -159,7 +159,7 @@ def _list_groups(labels: np.ndarray, choices: DifferentialChoices) -> list[str]:
     if not compared:
         raise ConfigError(
             "no group but the reference is asked for",
-            where=f"reference={choices.reference!r}",
+            where=name_argument("reference", choices.reference),
             got=f"groups: {list_names(wanted)}",
             expected=f"another of {list_names(known)}",
         )

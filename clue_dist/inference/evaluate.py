@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.config import MIN_KNOWN
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, name_argument
 from clue_dist.files import write_file
 from clue_dist.inference.cells import SegmentSlice, open_store_cells
 from clue_dist.inference.embed import describe_embedding
@@ -147,7 +147,7 @@ def check_scores_path(out: Path, max_cells: int | None) -> None:
         )
     check_output_format(out, [".json"])  # a name of cells, mistyped, would be replaced by scores
     if max_cells is not None:
-        require_number("max_cells", max_cells, 2, whole=True)  # matching needs two
+        require_number(name_argument("max_cells"), max_cells, 2, whole=True)  # matching needs two
 
 
 def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:

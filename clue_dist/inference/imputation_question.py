@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.errors import ConfigError, list_names, suggest_names
+from clue_dist.errors import ConfigError, list_names, name_argument, suggest_names
 from clue_dist.inference.cells.named_counts import list_chosen
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.kinds import KINDS
@@ -128,10 +128,10 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
     if given == []:
         raise ConfigError(
             "no modality to impute from is named",
-            where="from_",
+            where=name_argument("from_"),
             got="an empty list",
             expected=list_names(known),
-            fix="leave `from_` out, which takes whatever a cell has",
+            fix="leave it out, which takes whatever a cell has",
         )
     modality = known[choices.modality]
     features = modality.features if chosen is None else chosen
@@ -139,10 +139,14 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
     for name in features:
         _require_known(name, modality.features, f"feature of {choices.modality}")
     if not features:
-        raise ConfigError("no feature is asked for", where="features", got="an empty list")
+        raise ConfigError(
+            "no feature is asked for", where=name_argument("features"), got="an empty list"
+        )
     if repeated := [name for name, times in Counter(features).items() if times > 1]:
         raise ConfigError(
-            "a feature is asked for twice", where="features", got=list_names(repeated)
+            "a feature is asked for twice",
+            where=name_argument("features"),
+            got=list_names(repeated),
         )
     levels = _read_levels(choices.batch, trained_model.batch_vocabulary)
     _check_numbers(choices, KINDS[modality.kind].real_values)
@@ -165,7 +169,7 @@ def _read_levels(
     if not words:
         raise ConfigError(
             "no batch is named",
-            where="batch",
+            where=name_argument("batch"),
             got=words,
             expected=f"{_list_choices(known)}, or a batch's name",
         )
@@ -180,7 +184,9 @@ def _read_levels(
             _require_known(" ".join(words), known.names, "batch", _list_choices(known))
         named = {covariate: level for covariate, _, level in pairs}
         if len(named) < len(pairs):
-            raise ConfigError("two levels of one covariate", where="batch", got=" ".join(words))
+            raise ConfigError(
+                "two levels of one covariate", where=name_argument("batch"), got=" ".join(words)
+            )
         words = named
     numbers, fixed = known.number_levels(), dict.fromkeys(known.covariates)
     for covariate, level in ((name, str(chosen)) for name, chosen in words.items()):
@@ -213,17 +219,18 @@ def _require_known(name: str, known: Sequence[str], what: str, others: str = "")
 def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
     """Require numbers that mean something."""
     size, interval = choices.library_size, choices.interval
-    require_number("seed", choices.seed, 0, LARGEST_SEED, whole=True)
-    require_number("samples", choices.samples, whole=True)
+    require_number(name_argument("seed"), choices.seed, 0, LARGEST_SEED, whole=True)
+    require_number(name_argument("samples"), choices.samples, whole=True)
     if size is not None and size != OWN:
-        require_number(f"library_size, unless it is {OWN!r}", size, above=True)
+        name = f"{name_argument('library_size')}, unless it is {OWN!r}"
+        require_number(name, size, above=True)
     if interval is not None:
-        require_number("interval", interval, 0, LARGEST_INTERVAL, above=True)
+        require_number(name_argument("interval"), interval, 0, LARGEST_INTERVAL, above=True)
     if choices.threshold is not None:
-        require_number("threshold", choices.threshold)
+        require_number(name_argument("threshold"), choices.threshold)
     if real_values and (choices.log1p or size is not None):
         raise ConfigError(
             "real values have no library size",
             where=f"modality {choices.modality}",
-            fix="leave library_size and log1p out",
+            fix="ask for neither a library size nor log1p",
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Batch, compute_library_size
-from clue_dist.errors import DataError, ResumeError, list_names
+from clue_dist.errors import DataError, ResumeError, list_names, name_argument
 from clue_dist.inference.answer_files import PROVENANCE_KEY, check_answer_path, write_tables
 from clue_dist.inference.array_folder import arrange_rows
 from clue_dist.inference.cells import Cells, CellSlice, MemoryCells
@@ -285,11 +285,11 @@ def _describe_cells(
             lacking = [s for s in slices if not set(s.modalities) & set(question.sources)]
             raise DataError(
                 "cells have none of the modalities to impute from",
-                where=f"from_={list(question.sources)}",
+                where=name_argument("from_", list_names(question.sources)),
                 got=f"{sum(s.n_cells for s in lacking):,} of {cells.n_cells:,} cells, such as "
                 f"{list_names(obs.index[lacking[0].rows], 3)}, which have "
                 f"{list_names(lacking[0].modalities)}",
-                fix="leave `from_` out, which takes whatever a cell has, or ask about the others: "
+                fix="leave it out, which takes whatever a cell has, or ask about the others: "
                 f'`mdata[mdata.obsm["{question.sources[0]}"]]` of a MuData, '
                 f"`--modalities {' '.join(question.sources)}` of a store",
             )
@@ -312,5 +312,6 @@ def _warn_of_batches(obs: pd.DataFrame, cells: Cells, question: ImputationQuesti
             what, many = (covariate, "levels") if known.has_several else ("batch", "batches")
             warn_of_cells(
                 f"the model knows the {what} of no cell: values are averaged over its "
-                f"{len(levels)} {many}; `batch_key=` names the column of obs that holds the {what}"
+                f"{len(levels)} {many}; --batch-key at conversion, `batch_key=` in Python, names "
+                f"the column of obs that holds the {what}"
             )

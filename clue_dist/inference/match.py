@@ -201,7 +201,8 @@ def _read_batches(obs: pd.DataFrame) -> np.ndarray:
         raise ConfigError(
             "the batches of the cells are not known, within which to match",
             got=f"columns of obs: {list_names(obs.columns) or 'none'}",
-            fix="name the column with the batch (batch_key), or match among all cells",
+            fix="name the column that holds the batch: --batch-key at conversion, batch_key= in "
+            "Python; or match among all cells",
         )
     batches = obs[_BATCH].astype(object)
     batches = batches.where(batches.notna(), "").astype(str)

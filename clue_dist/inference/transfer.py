@@ -8,7 +8,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from clue_dist.errors import ConfigError, DataError, format_count, list_names, suggest_names
+from clue_dist.errors import (
+    ConfigError,
+    DataError,
+    format_count,
+    list_names,
+    name_argument,
+    suggest_names,
+)
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
@@ -95,7 +102,7 @@ def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
     if not (isinstance(label_key, str) and label_key in obs):
         raise ConfigError(
             "the reference has no such column of labels",
-            where=f"label key {label_key!r}",
+            where=name_argument("label_key", label_key),
             got=list_names(obs.columns) or "no columns",
             fix=suggest_names(label_key, list(map(str, obs.columns))),
         )

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, name_argument
 from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.neighbours.novelty import NoveltyScale
 from clue_dist.number_checks import require_number
@@ -36,8 +36,8 @@ class TransferSettings:
 
     def __post_init__(self) -> None:
         require_number("n_neighbours", self.n_neighbours, 1, whole=True)
-        require_number("kept", self.kept, 0, 1, above=True)
-        require_number("least_confidence", self.least_confidence, 0, 1)
+        require_number(name_argument("kept"), self.kept, 0, 1, above=True)
+        require_number(name_argument("least_confidence"), self.least_confidence, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, name_argument
 from clue_dist.number_checks import require_number
 
 # What each of them does: `partners.find_partners`.
@@ -30,7 +30,7 @@ class PartnerSettings:
             raise ConfigError(
                 "no such way to seek partners", got=self.method, expected=", ".join(PARTNER_METHODS)
             )
-        require_number("n_partners", self.n_partners, 1, MOST_PARTNERS, whole=True)
+        require_number(name_argument("n_partners"), self.n_partners, 1, MOST_PARTNERS, whole=True)
         require_number("n_neighbours", self.n_neighbours, 1, whole=True)
         require_number("n_candidates", self.n_candidates, 1, whole=True)
         require_number("temperature", self.temperature, above=True)

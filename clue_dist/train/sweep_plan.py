@@ -194,8 +194,8 @@ def list_trials(plan: SweepPlan, n_trials: int | None = None, seed: int = 0) -> 
     """
     most = plan.run_cap if n_trials is None else n_trials
     if most is not None:
-        require_number("trials", most, 1, whole=True)
-    require_number("seed", seed, whole=True)
+        require_number("--trials", most, 1, whole=True)
+    require_number("--seed", seed, whole=True)
     choices = _list_grid(plan) if plan.method == "grid" else _draw_choices(plan, most, seed)
     # Two draws may be alike, as of few values.
     trials = {trial.run_id: trial for trial in (_name_trial(plan, choice) for choice in choices)}

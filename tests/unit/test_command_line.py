@@ -84,6 +84,50 @@ def test_commands_that_ask_for_values_take_the_same_words(
     assert parse_batch_choice(found) == ["donor=d1", "kit=v2"]
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in a folder of its own, beside the store that it is of."""
+    from tests.stores import make_store  # their imports are slow, and few tests use them
+    from tests.unit.run_helpers import make_run
+
+    folder = tmp_path_factory.mktemp("run")
+    make_store(folder / "s.zarr")
+    return make_run(folder / "run", folder / "s.zarr")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("evaluate --out o.json", "--max-cells", "1"),
+        ("impute --out o.h5ad --modality adt", "--samples", "-1"),
+        ("impute --out o.h5ad --modality adt", "--interval", "2"),
+        ("impute --out o.h5ad --modality adt", "--threshold", "nan"),
+        ("impute --out o.h5ad --modality adt", "--library-size", "0"),
+        ("impute --out o.h5ad --modality adt", "--seed", "-1"),
+        ("differential --out o.csv --modality adt", "--pairs", "0"),
+        ("differential --out o.csv --modality adt", "--least-change", "-1"),
+        ("differential --out o.csv --modality adt", "--groupby", "donor"),
+        ("differential --out o.csv --modality adt", "--seed", "-1"),
+        ("match --out o.csv --first rna --second adt", "--partners", "0"),
+        ("transfer --out o.csv", "--kept", "2"),
+        ("transfer --out o.csv", "--least-confidence", "2"),
+        ("transfer --out o.csv", "--label-key", "donor"),
+        ("embed --out o.h5ad", "--batch-size", "0"),
+        ("embed --out o.h5ad", "--min-known", "2"),
+        ("embed --out o.h5ad", "--modalities", "atac"),
+    ],
+)
+def test_an_error_names_the_option_that_was_typed(
+    command: str, option: str, value: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *words = command.split()
+    typed = [*words, "--run", "run", "--store", "s.zarr", option, value]
+    monkeypatch.chdir(run.parent)
+    monkeypatch.setattr(sys, "argv", [f"clue {name}", *typed])
+    with pytest.raises(ConfigError, match=rf"{option}\b"):
+        importlib.import_module(name_module(name)).main()
+
+
 def test_a_command_gets_its_words_as_they_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr("clue_dist.commands.cli.run_main", lambda main: seen.append(sys.argv))

@@ -138,11 +138,11 @@ def test_the_same_seed_gives_the_same_table(trained, cells):
         ({"from_": ["atac"]}, "no such modality"),
         ({"features": ["rna-9"]}, "no such feature"),
         ({"features": [9]}, "no such feature"),
-        ({"pairs": 0}, "where: pairs"),
-        ({"pairs": 0.5}, "where: pairs"),
-        ({"least_change": -0.1}, "where: least_change"),
-        ({"least_change": float("nan")}, "where: least_change"),
-        ({"seed": -1}, "where: seed"),
+        ({"pairs": 0}, "where: --pairs, in Python"),
+        ({"pairs": 0.5}, "where: --pairs, in Python"),
+        ({"least_change": -0.1}, "where: --least-change, in Python"),
+        ({"least_change": float("nan")}, "where: --least-change, in Python"),
+        ({"seed": -1}, "where: --seed, in Python"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(trained, cells, choices, message):

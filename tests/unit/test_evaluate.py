@@ -331,7 +331,7 @@ def test_arguments_that_cannot_be(store, tmp_path):
         with pytest.raises(ConfigError, match="no such folder"):
             evaluate_store(loaded, store, tmp_path / folder / "s.json", run="r")
     for max_cells in (1, "10"):
-        with pytest.raises(ConfigError, match=r"max_cells\n.*\n.*2 or more"):
+        with pytest.raises(ConfigError, match=r"`max_cells`\n.*\n.*2 or more"):
             evaluate_store(loaded, store, tmp_path / "s.json", run="r", max_cells=max_cells)
     (tmp_path / "cells.h5ad").write_text("cells")
     with pytest.raises(ConfigError, match=r"got: \.h5ad\n  expected: \.json"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from clue_dist.errors import DataError
+from clue_dist.errors import ConfigError, DataError
 from clue_dist.store import layout
 from clue_dist.store.reader import Store
 from data_prep import simulate
@@ -132,9 +132,11 @@ def test_sizes_that_make_no_sense() -> None:
     for texts in (["rna"], ["rna:x"], [":5"], ["rna:1", "rna:2"]):
         with pytest.raises(DataError):
             parse_features(texts)
-    for sizes in ({"cells": 0}, {"paired": 1.5}, {"batches": 0}, {"seed": -1}):
-        with pytest.raises(DataError):
-            SimulationSpec.from_features({"rna": 10}, {}, **sizes)
+    for name, size in (("cells", 0), ("paired", 1.5), ("batches", 0), ("private", -1)):
+        with pytest.raises(ConfigError, match=f"where: --{name}\n"):
+            SimulationSpec.from_features({"rna": 10}, {}, **{name: size})
+    with pytest.raises(ConfigError, match="where: --modality rna:0"):
+        SimulationSpec.from_features({"rna": 0}, {})
     with pytest.raises(DataError, match="--kind foo=rna"):
         SimulationSpec.from_features({"foo": 10}, {})
     with pytest.raises(DataError, match=r"no such modality[\s\S]*got: foo\n  expected: rna"):

@@ -68,9 +68,9 @@ def test_random_trials_are_the_same_at_every_call_and_more_of_them_change_none()
     with pytest.raises(ConfigError, match="no end of its own"):
         list_trials(make_plan(run_cap=None))
     for wrong in (0, -1):
-        with pytest.raises(ConfigError, match=r"where: trials\n.*\n.* 1 or more"):
+        with pytest.raises(ConfigError, match=r"where: --trials\n.*\n.* 1 or more"):
             list_trials(make_plan(), wrong)
-    with pytest.raises(ConfigError, match="where: seed"):
+    with pytest.raises(ConfigError, match="where: --seed"):
         list_trials(make_plan(), 3, -1)
 
 
