@@ -18,6 +18,7 @@ from clue_dist.inference.file_order import restore_file_order
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import make_scratch_folder
 from clue_dist.inference.stream import Embedding, compute_embedding, embed_in_memory
+from clue_dist.model.common_space import JOINT_FORMULA
 from clue_dist.process import silence_mudata
 from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import name_level_column
@@ -170,6 +171,7 @@ def describe_embedding(
         "latent": dict.fromkeys(trained_model.modalities, trained_model.latent),
         "private": dict.fromkeys(trained_model.modalities, trained_model.private),
         "private_scale": trained_model.private_scale,
+        "joint_formula": JOINT_FORMULA,
     }
 
 

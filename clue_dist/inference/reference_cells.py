@@ -20,9 +20,11 @@ from clue_dist.files import parse_path
 from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.cells import Cells, CellSlice, CellSource, open_cells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
+from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.embed import KEY, OBSERVED_COLUMN, collect_embedding
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.stream import Embedding, embed_in_memory
+from clue_dist.model.common_space import JOINT_FORMULA
 from clue_dist.store.reader import Store
 
 REFERENCE_FILE = "cells.h5ad"  # in the folder of a model
@@ -153,7 +155,10 @@ def _holds_embedding(source: str | Path, ending: str = ".h5ad") -> bool:
 
 
 def _read_embedding(source: str | Path, trained_model: TrainedModel) -> ad.AnnData:
-    """Read an .h5ad that `clue embed --per-modality` has written with a model."""
+    """Read an .h5ad that `clue embed --per-modality` has written with a model.
+
+    Warns where another version of the package may have made its joint z.
+    """
     path = parse_path(str(source))
     try:
         table = ad.read_h5ad(path)
@@ -183,6 +188,13 @@ def _read_embedding(source: str | Path, trained_model: TrainedModel) -> ad.AnnDa
             where=path,
             got=f"nothing of {list_names(sorted(missing))} alone",
             fix="make it again with `clue embed --per-modality`",
+        )
+    joins_modalities = trained_model.has_common_space and observed.str.contains("+", regex=False)
+    if np.any(joins_modalities) and made.get("joint_formula") != JOINT_FORMULA:
+        warn_of_cells(
+            f"nothing says that {path} has its joint z by the formula of this version, so labels "
+            "that it gives to other cells may be worse; matching is not touched. Embed its cells "
+            "anew, or ask whoever shared the model to export it anew, with its cells"
         )
     return table
 

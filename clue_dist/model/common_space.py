@@ -30,6 +30,9 @@ FEWEST_CHOOSING = 50  # held-out cells of two modalities, with which something i
 # Where variance between biological batches counts more than that within, batches mix better. Ten
 # times as much would not be safe: batches may hold other cell types.
 BATCH_WEIGHT = 3.0
+# What is embedded says by which formula its joint z was made: a change that gives the same weights
+# another joint z, as `join_experts` and `weigh_joint` may, raises the number.
+JOINT_FORMULA = 2
 JOINT_POLE = 1.0  # the constant's length in the joint, see `CommonSpace.set_directions`
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from clue_dist.api.trained_run import Run, load
 from clue_dist.commands import match, transfer
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import new_batches
+from clue_dist.inference.cells.named_counts import CellWarning
 from clue_dist.inference.export import export_run
 from clue_dist.inference.reference_cells import REFERENCE_FILE, ReferenceCells
 from clue_dist.store.reader import Store
 from tests.stores import make_store
-from tests.unit.run_helpers import make_run
+from tests.unit.run_helpers import commit_weights, make_run
 
 FEATURES = {"rna": 30, "adt": 8}
 CELLS = {"rna+adt": 70, "rna": 41, "adt": 20}
@@ -105,6 +108,36 @@ def test_an_embedding_that_does_not_serve_is_refused(
     with pytest.raises(DataError, match="other weights"):
         run.export(tmp_path / "shared", cells=tmp_path / "other.h5ad")
     assert {path.name for path in tmp_path.iterdir()} == {"z.h5ad", "other.h5ad"}
+
+
+def test_a_joint_z_by_another_formula_is_doubtful(run: Run, query: Store, tmp_path: Path) -> None:
+    weights = dict(run.trained_model.model.state_dict())
+    for name in weights:
+        if name.endswith(("space.weight", "space.joint_weight")):
+            weights[name] = torch.ones_like(weights[name])
+    shutil.copytree(run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("best"))
+    commit_weights(tmp_path / "run" / "best" / "step-00000005", weights)
+    store = run.folder.parent / "old.zarr"
+    run = load(tmp_path / "run")  # whose modalities have a common space
+    now, earlier = tmp_path / "z.h5ad", tmp_path / "earlier.h5ad"
+    run.embed(store, out=now)
+    table = ad.read_h5ad(now)
+    del table.uns["clue_dist"]["joint_formula"]  # as before it was written down
+    table.write_h5ad(earlier)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CellWarning)
+        run.transfer(now, query)
+    for ask in (
+        lambda: run.transfer(earlier, query),
+        lambda: run.export(tmp_path / "shared", cells=earlier),
+        lambda: run.match(query, "rna", "adt", reference=earlier),
+    ):
+        with pytest.warns(CellWarning, match="by the formula of this version(.|\n)*export it anew"):
+            ask()
+    table[table.obs.clue_modalities != "rna+adt"].write_h5ad(earlier)  # where nothing is joined
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CellWarning)
+        run.match(query, "rna", "adt", reference=earlier)
 
 
 def test_without_cells_of_its_own_a_run_refers_to_its_training_store(
