@@ -203,15 +203,10 @@ class _SumsOfOdds(torch.autograd.Function):
         ctx: Any, by_query: Tensor, by_key: Tensor | None
     ) -> tuple[Tensor, Tensor, None, None, None, None]:
         queries, keys, over_keys, over_queries = ctx.saved_tensors
-        # Gradients scale the rows of products, instead of those of the matrices of odds.
-        scale = by_query.unsqueeze(-1)
-        of_queries = scale * (over_keys @ keys)
-        of_keys = over_keys.mT @ (scale * queries)
+        gradient = over_keys * by_query.unsqueeze(-1)  # of each logit
         if by_key is not None:
-            scale = by_key.unsqueeze(-1)
-            of_queries += over_queries @ (scale * keys)
-            of_keys += scale * (over_queries.mT @ queries)
-        return of_queries, of_keys, None, None, None, None
+            gradient.addcmul_(over_queries, by_key.unsqueeze(-2))
+        return gradient @ keys, gradient.mT @ queries, None, None, None, None
 
 
 def _sum_over_ranks(sums: list[Tensor], world: int) -> list[Tensor]:

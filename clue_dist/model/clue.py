@@ -233,7 +233,7 @@ class CLUE(PosteriorEncoder):
 
     def _split_members(self, z: Tensor) -> Tensor:
         """(B, K source, K target, a) -> (M, B, K source, K * a / M)."""
-        return z.unflatten(-1, (-1, self.members)).movedim(-1, 0).flatten(3)
+        return z.unflatten(-1, (-1, self.members)).movedim(-1, 0).flatten(3).contiguous()
 
     def _score_profiles(self, batch: Batch, sources: list[Tensor], noise: Noise) -> list[Tensor]:
         """ln p(x_k | z_k) where x_k is observed, else 0: (B, K) for each z (B, K, d) of sources."""
