@@ -27,11 +27,11 @@ from clue_dist.model.moments import (
     compute_moments,
     estimate_inverse_dispersions,
 )
+from clue_dist.model.negative_binomial import compute_log_rising_factorial, sum_log_zeros
 from clue_dist.normalise import Rows, sum_columns
 
 MAX_LOG_DISPERSION = 7.0  # a negative binomial with r = 1,100 is as good as a Poisson
 LOG1P_NODES = range(-17, 4)  # steps of ln t, see `compute_log1p_mean`
-STIRLING_FROM = 8.0  # Stirling's series replaces ln Gamma from this r on
 # Given z, the noise that remains is several e-folds away from what the moments of the counts say,
 # and a short training has some 300 steps to get there. Where it does not, zeros and E ln(1 + x) are
 # wrong.
@@ -97,6 +97,10 @@ class Likelihood(ABC):
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p(x) - ln p(0), up to terms without parameters."""
 
+    def sum_log_zeros(self, parameters: LikelihoodParameters) -> Tensor:
+        """The sum of ln p(0) over features, (n,) or (..., n)."""
+        return self.compute_log_zero(parameters).sum(-1)
+
     def score_values(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p of each value, (n, F) or (..., n, F); values: (n, F)."""
         return self.compute_log_zero(parameters) + self.compute_log_gain(values, parameters)
@@ -104,7 +108,7 @@ class Likelihood(ABC):
     def score_dense(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p of n profiles, (n,) or (..., n); values: (n, F)."""
         gain = self.compute_log_gain(values, parameters)
-        return self.compute_log_zero(parameters).sum(-1) + gain.sum(-1)
+        return self.sum_log_zeros(parameters) + gain.sum(-1)
 
     @abstractmethod
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
@@ -146,6 +150,10 @@ class NegativeBinomial(Likelihood):
         theta = parameters.theta.clamp(max=MAX_LOG_DISPERSION)
         return -theta.exp() * F.softplus(parameters.log_mean - theta)
 
+    def sum_log_zeros(self, parameters: LikelihoodParameters) -> Tensor:
+        r = parameters.theta.clamp(max=MAX_LOG_DISPERSION).exp()
+        return sum_log_zeros(parameters.rate, r, parameters.library)
+
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         theta = parameters.theta.clamp(max=MAX_LOG_DISPERSION)
         rising = compute_log_rising_factorial(theta.exp(), values)
@@ -182,6 +190,9 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
             F.logsigmoid(parameters.gate),
             F.logsigmoid(-parameters.gate) + super().compute_log_zero(parameters),
         )
+
+    def sum_log_zeros(self, parameters: LikelihoodParameters) -> Tensor:
+        return Likelihood.sum_log_zeros(self, parameters)
 
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         assert parameters.gate is not None
@@ -318,7 +329,7 @@ def compute_log_likelihood(
     """ln p of n profiles in nats, (n,), or (..., n) for several z of each cell."""
     if isinstance(counts, Tensor):
         return likelihood.score_dense(counts, parameters)
-    everywhere = likelihood.compute_log_zero(parameters).sum(-1)
+    everywhere = likelihood.sum_log_zeros(parameters)
     entries = parameters.gather_entries(counts.entry_rows, counts.indices.long())
     gain = likelihood.compute_log_gain(counts.values, entries)
     # Row by row in a vector: sums over the last axis of a matrix are far slower.
@@ -350,16 +361,3 @@ def compute_log1p_mean(
         loss = 1 - likelihood.compute_laplace(decay, parameters)
         total += math.exp(-math.exp(log_t)) * loss
     return total
-
-
-def compute_log_rising_factorial(r: Tensor, x: Tensor) -> Tensor:
-    """ln Gamma(r + x) - ln Gamma(r), also where both are large and nearly equal.
-
-    From r = STIRLING_FROM on it follows Stirling's series, to 1e-6: the gradient of a difference of
-    two large ln Gamma would be lost in the rounding of float32.
-    """
-    large = r.clamp(min=STIRLING_FROM)
-    y = x + large
-    series = (large - 0.5) * torch.log1p(x / large) + x * (y.log() - 1) + (1 / y - 1 / large) / 12
-    small = r.clamp(max=STIRLING_FROM)
-    return torch.where(r > STIRLING_FROM, series, torch.lgamma(x + small) - torch.lgamma(small))

@@ -18,7 +18,6 @@ from clue_dist.model.likelihoods import (
     LIKELIHOODS,
     LikelihoodParameters,
     compute_log_likelihood,
-    compute_log_rising_factorial,
 )
 from clue_dist.train.schedule import compute_learning_rate
 
@@ -243,18 +242,6 @@ def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(
     torch.testing.assert_close(log_likelihood, want, rtol=0.01, atol=0.3)
     log_likelihood.sum().backward()
     assert (log_r.grad == 0).all()
-
-
-def test_rising_factorial_and_its_gradient_are_those_of_float64() -> None:
-    r = torch.logspace(-2, 3, 200)[:, None].requires_grad_()
-    x = torch.tensor([0.0, 1, 2, 5, 20, 300, 50_000]).expand(200, 7)
-    exact = r.detach().double().requires_grad_()
-    want = torch.lgamma(exact + x.double()) - torch.lgamma(exact)
-    rising = compute_log_rising_factorial(r, x)
-    torch.testing.assert_close(rising.double(), want, rtol=2e-6, atol=2e-5)
-    rising.sum().backward()
-    want.sum().backward()
-    torch.testing.assert_close(r.grad.double(), exact.grad, rtol=2e-5, atol=1e-6)
 
 
 def test_softplus_form_stays_finite_for_extreme_rates() -> None:
