@@ -29,7 +29,7 @@ def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):
 
     Returns:
         How much of codes is filled; how much of rest is filled; the largest count, or -1 where a
-        row is not canonical; the largest number in rest.
+        row is not canonical, or has a count above 1 and no bits for it; the largest number in rest.
     """
     n_codes, n_rest = 0, 0
     largest, largest_rest = np.int64(0), np.int64(0)
@@ -38,7 +38,7 @@ def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):
         columns, counts = indices[start:stop], values[start:stop]
         row_codes, row_rest = codes[n_codes : n_codes + len(columns)], rest[n_rest:]
         largest_of_row = _fill_codes(columns, counts, bits, row_codes)
-        if largest_of_row < 0:
+        if largest_of_row < 0 or (bits == 0 and largest_of_row > 1):
             return 0, 0, np.int64(-1), np.int64(0)
         n_far, n_high, most = _fill_rest(columns, counts, bits, row_codes, row_rest, scratch)
         lengths[row, 0], lengths[row, 1], lengths[row, 2] = len(columns), n_far, n_high
@@ -96,36 +96,23 @@ def _fill_rest(columns, counts, bits, codes, rest, scratch):
 
 
 @compile_kernel
-def recode_as_binary(codes, rest, starts, bits, lengths, out_rest):
-    """Take the bits of the count out of codes, in place; fill lengths (n, 3) and out_rest.
+def recode_with_counts(codes, rest, starts, bits, lengths, out_rest):
+    """Make room for counts in the codes of binary rows, in place; fill lengths (n, 3) and out_rest.
 
     Returns:
-        How much of out_rest is filled; -1 where a count is not 1.
+        How much of out_rest is filled.
     """
     far, n_rest = (256 >> bits) - 1, 0
     for row in range(len(lengths)):
-        row_codes = codes[starts[row, 0] : starts[row + 1, 0]]
-        if _drop_counts(row_codes, bits):
-            return -1
         k, first_rest = starts[row, 1], n_rest
-        for j in range(len(row_codes)):
-            if row_codes[j] == far:
+        for j in range(starts[row, 0], starts[row + 1, 0]):
+            gap = np.int64(codes[j])
+            if gap == 255:
                 gap = np.int64(rest[k])
                 k += 1
-                if gap >= 255:  # far, too, where all eight bits hold the gap
-                    out_rest[n_rest] = gap
-                    n_rest += 1
-                    gap = np.int64(255)
-                row_codes[j] = gap
-        lengths[row, 0], lengths[row, 1] = len(row_codes), n_rest - first_rest
+            if gap >= far:
+                out_rest[n_rest] = gap
+                n_rest += 1
+            codes[j] = min(gap, far) << bits
+        lengths[row, 0], lengths[row, 1] = starts[row + 1, 0] - starts[row, 0], n_rest - first_rest
     return n_rest
-
-
-@compile_kernel
-def _drop_counts(codes, bits):
-    """Leave only the gaps in codes, without a branch; say whether a count was not 1."""
-    dropped = np.uint8(0)
-    for i in range(len(codes)):
-        dropped |= codes[i]
-        codes[i] >>= bits
-    return dropped & ((1 << bits) - 1) != 0

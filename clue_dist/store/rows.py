@@ -276,7 +276,8 @@ def code_rows(rows: CsrRows, bits: int) -> CodedRows:
     coded = try_code_rows(rows, bits)
     if coded is None:
         raise ValueError(
-            f"rows that are not canonical: columns must ascend, counts be 1, 2, ... {LARGEST_COUNT}"
+            "rows that are not canonical: columns must ascend, counts be "
+            f"{f'1, 2, ... {LARGEST_COUNT}' if bits else '1'}"
         )
     return coded[0]
 
@@ -287,8 +288,8 @@ def try_code_rows(rows: CsrRows, bits: int) -> tuple[CodedRows, int] | None:
     Columns must lie inside the matrix: one beyond 2^31 is not noticed here.
 
     Returns:
-        The coded rows and the largest count; None where a column does not ascend or a number is no
-        count.
+        The coded rows and the largest count; None where a column does not ascend, a number is no
+        count, or a count is above 1 and there are no bits for it.
     """
     lengths = np.empty((rows.n_rows, 3), np.uint32)
     longest = int(np.diff(rows.indptr).max(initial=0))
@@ -306,24 +307,21 @@ def try_code_rows(rows: CsrRows, bits: int) -> tuple[CodedRows, int] | None:
     return CodedRows(codes[:n_codes], narrow, lengths, bits), largest
 
 
-def recode_rows_as_binary(rows: CodedRows) -> CodedRows:
-    """Code rows whose counts are all 1 without bits for the count.
+def recode_rows_with_counts(rows: CodedRows) -> CodedRows:
+    """Code binary rows as rows with counts are coded; those that have bits for counts stay.
 
     Args:
         rows: the rows. Their memory goes to the result: they must not be used any more.
-
-    Raises:
-        ValueError: a count is above 1.
     """
-    lengths, rest = np.zeros_like(rows.lengths), np.empty_like(rows.rest)
+    if rows.bits:
+        return rows
+    lengths, rest = np.zeros_like(rows.lengths), np.empty(len(rows.codes), rows.rest.dtype)
     n_rest = int(
-        encoding_kernels.recode_as_binary(
-            rows.codes, rows.rest, rows.compute_starts(), rows.bits, lengths, rest
+        encoding_kernels.recode_with_counts(
+            rows.codes, rows.rest, rows.compute_starts(), COUNT_BITS, lengths, rest
         )
     )
-    if n_rest < 0:
-        raise ValueError("a count above 1 in rows that should be binary")
-    return CodedRows(rows.codes, rest[:n_rest], lengths, 0)
+    return CodedRows(rows.codes, rest[:n_rest], lengths, COUNT_BITS)
 
 
 def describe_coding_fault(blocks: CodedBlocks, bits: int, n_features: int) -> str | None:

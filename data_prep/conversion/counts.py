@@ -20,6 +20,7 @@ from clue_dist.store.rows import (
     CodedRows,
     CsrRows,
     join_rows,
+    recode_rows_with_counts,
     try_code_rows,
 )
 from data_prep.jobs.array_files import load_array
@@ -90,27 +91,32 @@ class SourceReading:
         ranges = self.split_rows(STEP_ENTRIES, start, stop)
         if KINDS[self.target.kind].storage == "sparse":
             coded = [self._read_coded_range(first, last) for first, last in ranges]
-            return join_rows([rows for rows, _ in coded], order), max(most for _, most in coded)
+            largest = max(most for _, most in coded)
+            parts = [rows for rows, _ in coded]
+            if largest > 1:
+                parts = [recode_rows_with_counts(rows) for rows in parts]
+            return join_rows(parts, order), largest
         values = np.concatenate([self.read_rows(first, last) for first, last in ranges])[order]
         return values, 0 if values.dtype.kind == "f" else int(values.max(initial=0))
 
     def _read_coded_range(self, start: int, stop: int) -> tuple[CodedRows, int]:
         """Read and code rows of a sparse kind; also return their largest count."""
         rows = self.source.read_rows(start, stop, self.scratch)
+        coded = None
         if self.target.columns is None and not isinstance(rows, np.ndarray):
             # Most rows are canonical in their file: one walk finds that out and codes them.
-            coded = try_code_rows(_wrap_matrix(rows), COUNT_BITS)
-            if coded is not None:
-                return coded
-        canonical = canonicalise_rows(self.source, self.target, rows, start)
-        coded = try_code_rows(_wrap_matrix(canonical), COUNT_BITS)
+            coded = _try_code_matrix(rows)
+        if coded is None:
+            coded = _try_code_matrix(canonicalise_rows(self.source, self.target, rows, start))
         assert coded is not None  # canonical rows can always be coded
         return coded
 
 
-def _wrap_matrix(rows: sp.csr_matrix) -> CsrRows:
-    """Pass the arrays of a matrix to the store's kernels, without a copy."""
-    return CsrRows(rows.indptr, rows.indices, rows.data, rows.shape[1])
+def _try_code_matrix(matrix: sp.csr_matrix) -> tuple[CodedRows, int] | None:
+    """Code rows as `try_code_rows` does, with bits for the counts only where one is above 1."""
+    rows = CsrRows(matrix.indptr, matrix.indices, matrix.data, matrix.shape[1])
+    # Most rows that are not binary show that at once.
+    return try_code_rows(rows, 0) or try_code_rows(rows, COUNT_BITS)
 
 
 def canonicalise_rows(

@@ -17,7 +17,7 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.manifest_parts import FileDigest
 from clue_dist.store.writer import ShardCells, write_shard
 from data_prep.conversion.kept_obs import gather_kept_values
-from data_prep.conversion.spool import read_spool
+from data_prep.conversion.spool import read_spools
 from data_prep.jobs.array_files import load_array
 from data_prep.jobs.workers import WorkerPool, run_missing
 
@@ -74,9 +74,9 @@ def _gather_shard(task: _GatherTask) -> None:
     for name in segment.modalities:
         n_features = manifest.modalities[name].n_features
         # A spool with this ending belongs to a worker that died while it wrote.
-        folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != TEMPORARY_ENDING)
+        spools = sorted(p for p in (task.spools / name).iterdir() if p.suffix != TEMPORARY_ENDING)
         packed = segment.packed[name]
-        modalities[name] = read_spool(folders, np.asarray(keys), n_features, packed)
+        modalities[name] = read_spools(spools, np.asarray(keys), n_features, packed)
     kept: list[np.ndarray] = []
     if manifest.obs_columns:
         folders = sorted(task.sources.iterdir())

@@ -2,7 +2,7 @@
 
 WORK/prepared/000/          of a source: its entries, sorted, where its rows cannot be read directly
 WORK/sources/000/           of a source: where its columns go, beside keys and batches of its rows
-WORK/spools/rna/000-000000000000/    one spool for each task
+WORK/spools/rna/000-000000000000     one spool for each task
 """
 
 from __future__ import annotations

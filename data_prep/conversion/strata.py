@@ -24,7 +24,7 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.manifest_parts import Modality, PackedModality, Segment
 from clue_dist.store.rows import COUNT_BITS
 from data_prep.conversion.cells import CellRange, CellTable
-from data_prep.conversion.spool import extract_places, survey_spool
+from data_prep.conversion.spool import extract_places, load_spool
 from data_prep.jobs.array_files import flush_arrays, map_array
 from data_prep.options import COVARIATE
 
@@ -66,7 +66,7 @@ class FinalStrata:
 class _Usage:
     """What the cells take in one modality."""
 
-    lengths: np.ndarray  # (cells, 4) uint32, as of `SpoolSurvey`, mapped, in shuffled order
+    lengths: np.ndarray  # (cells, 4) uint32, as of `Spool`, mapped, in shuffled order
     largest_count: int
     largest_rest: int
 
@@ -93,7 +93,7 @@ def settle_strata(
         cells: cells of the inputs.
         modalities: modalities of the store.
         file_names: the files of each modality, for messages.
-        spools: spool folders of each modality.
+        spools: the spools of each modality.
         block_cells: cells of a block.
         folder: gets a folder for each stratum, with what the second pass needs of its cells.
 
@@ -137,15 +137,15 @@ def _survey_spools(
         lengths = map_array(folder / f"lengths-{name}.npy", np.uint32, (len(cells), 4))
         largest_count, largest_rest, n_kept = 0, 0, 0
         for path in spools[name]:
-            survey = survey_spool(path)
-            places = extract_places(survey.keys)
-            lengths[places] = survey.lengths
+            spool = load_spool(path)
+            places = extract_places(spool.keys)
+            lengths[places] = spool.lengths
             # A cell whose measured values are all zero has been measured all the same.
-            kept = places[(survey.lengths[:, 0] > 0) | KINDS[modality.kind].real_values]
+            kept = places[(spool.lengths[:, 0] > 0) | KINDS[modality.kind].real_values]
             masks[kept] |= 1 << m
             n_kept += len(kept)
-            largest_count = max(largest_count, survey.largest_count)
-            largest_rest = max(largest_rest, survey.largest_rest)
+            largest_count = max(largest_count, spool.largest_count)
+            largest_rest = max(largest_rest, spool.largest_rest)
         if not n_kept:
             raise DataError(
                 f"no cell has any counts in modality {name!r}",

@@ -1,4 +1,7 @@
-"""Arrays in files of their own (.npy), which tasks leave for each other."""
+"""Arrays in files (.npy, or several of these behind each other), which tasks leave for each other.
+
+Few files with much in them: to make and to remove a file or folder takes a file system long.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 _MAGIC = b"\x93NUMPY\x01\x00"  # the format .npy, version 1.0
+_ALIGNMENT = 64  # bytes; headers are padded to multiples of them, too
 _PARSING = threading.Lock()
 _HEADER = re.compile(rb"\{'descr': '([^']+)', 'fortran_order': False, 'shape': \(([^)]*)\), \} *\n")
 
@@ -22,16 +26,27 @@ def save_array(path: Path, values: np.ndarray) -> None:
 
     Unlike np.save, this raises wherever the disk is full, even where what does not fit is small.
     """
-    values = np.ascontiguousarray(values)
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-        file.write(values.data)
+        append_array(file, values)
+
+
+def append_array(file: IO[bytes], values: np.ndarray) -> None:
+    """Write a .npy file behind what was written before."""
+    values = np.ascontiguousarray(values)
+    file.write(bytes(-file.tell() % _ALIGNMENT))
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+    file.write(values.data)
 
 
 def load_array(path: Path) -> np.ndarray:
-    """Map for reading what `save_array` has written.
+    """Map for reading what `save_array` has written; see `load_appended`."""
+    return load_appended(path)[0]
 
-    A conversion opens thousands of small files, and np.load takes five times as long. It also
+
+def load_appended(path: Path) -> list[np.ndarray]:
+    """Map for reading what `append_array` has written.
+
+    A conversion opens hundreds of small files, and np.load takes five times as long. It also
     parses the header as Python source, which in Python 3.11 may fail where threads do so together.
 
     Raises:
@@ -39,12 +54,18 @@ def load_array(path: Path) -> np.ndarray:
     """
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 10 + int.from_bytes(content[8:10], "little")  # of the values, behind the header
-    header = _HEADER.match(content[10:start])
-    if content[:8] != _MAGIC or header is None:
-        raise ValueError(f"{path} is not as `save_array` writes it")
-    shape = tuple(int(size) for size in header[2].split(b",") if size.strip())
-    return np.ndarray(shape, np.dtype(header[1].decode()), content, start)
+    arrays: list[np.ndarray] = []
+    end = 0
+    while end < len(content):
+        first = -(-end // _ALIGNMENT) * _ALIGNMENT  # of the next array, header included
+        start = first + 10 + int.from_bytes(content[first + 8 : first + 10], "little")
+        header = _HEADER.match(content[first + 10 : start])
+        if content[first : first + 8] != _MAGIC or header is None:
+            raise ValueError(f"{path} is not as `append_array` writes it")
+        shape = tuple(int(size) for size in header[2].split(b",") if size.strip())
+        arrays.append(np.ndarray(shape, np.dtype(header[1].decode()), content, start))
+        end = start + arrays[-1].nbytes
+    return arrays
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

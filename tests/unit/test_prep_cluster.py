@@ -158,7 +158,7 @@ def test_workers_killed_in_mid_conversion_lose_nothing(
     """One dies while features are chosen, one in the midst of a spool, one of a shard's arrays."""
     places = {
         "numpy.savez": 2,
-        "data_prep.conversion.spool.save_array": 14,
+        "data_prep.conversion.spool.append_array": 14,
         "clue_dist.store.writer.hash_file": 10,
     }
     victims = [cluster.worker(place, n) for place, n in places.items()]
@@ -255,7 +255,7 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     cluster, out = Cluster(tmp_path), tmp_path / "s.zarr"
     output: list[str] = []
     try:
-        cluster.worker("data_prep.conversion.spool.save_array", 14)
+        cluster.worker("data_prep.conversion.spool.append_array", 14)
 
         def disturb() -> None:
             _until(lambda: _heard(capsys, output, "has no workers: waiting"))

@@ -52,7 +52,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.conversion.spool.save_array", 40),  # in the middle of a spool
+        ("data_prep.conversion.spool.append_array", 40),  # in the middle of a spool
         ("data_prep.convert.settle_strata", 1),  # between the passes
         ("clue_dist.store.writer.hash_file", 33),  # in the middle of a shard's arrays
         ("data_prep.convert.commit_store", 1),  # all done but the commit

@@ -66,6 +66,20 @@ def test_cells_of_many_shards_come_from_many_spools(
     assert check_store(tmp_path / "s.zarr") == []
 
 
+def test_one_count_above_one_among_spools_of_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = (np.random.default_rng(0).random((60, 2000)) < 0.02).astype(float)
+    values[-1, 1000] = 3
+    file = _write_values(tmp_path / "a.h5ad", values)
+    whole = convert_files(tmp_path / "whole.zarr", file)
+    shrink_tasks(monkeypatch)
+    store = convert_files(tmp_path / "s.zarr", file)
+    assert store.fingerprint == whole.fingerprint
+    counts = read_counts(store, "rna")
+    assert [counts.loc[f"c{i}"].tolist() for i in range(60)] == values.tolist()
+
+
 def _write_values(path: Path, values: np.ndarray) -> str:
     n_cells, n_features = values.shape
     cells, features = [f"c{i}" for i in range(n_cells)], [f"g{i}" for i in range(n_features)]

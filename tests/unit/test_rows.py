@@ -19,7 +19,7 @@ from clue_dist.store.rows import (
     LocatedRows,
     code_rows,
     join_rows,
-    recode_rows_as_binary,
+    recode_rows_with_counts,
     try_code_rows,
 )
 
@@ -132,13 +132,14 @@ def test_rows_of_ones_need_no_bits_for_them(density: float) -> None:
     x = sp.random(60, 3000, density, "csr", random_state=1)
     x.data[:] = 1
     rows = csr(x)
-    want, recoded = code_rows(rows, 0), recode_rows_as_binary(code_rows(rows, COUNT_BITS))
+    want, recoded = code_rows(rows, COUNT_BITS), recode_rows_with_counts(code_rows(rows, 0))
     for name in ("codes", "rest", "lengths", "bits"):
         np.testing.assert_array_equal(getattr(recoded, name), getattr(want, name))
+    assert recode_rows_with_counts(want) is want
     if density:
         x.data[-1] = 2
-        with pytest.raises(ValueError, match="a count above 1"):
-            recode_rows_as_binary(code_rows(csr(x), COUNT_BITS))
+        with pytest.raises(ValueError, match=r"counts be 1$"):
+            code_rows(csr(x), 0)
 
 
 def test_the_largest_count_and_the_farthest_gap_fit() -> None:
