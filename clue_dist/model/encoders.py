@@ -70,19 +70,21 @@ class CrossEncoderHeads(nn.Module):
             affine: what is still to be done to it.
             n_whole: how many rows are wanted whole, the first ones; None: all.
             n_means: of how many dimensions of each z, the first ones, means alone are wanted of the
-                other rows; 0: nothing.
+                other rows.
 
         Returns:
             Mean and log-variance, each (n_whole, K target, d), and the means of the other rows,
             where they are wanted, (n - n_whole, K target, n_means). In float32.
         """
         weight, bias = affine().fold_into(*self.select_weights(source))
-        whole = self.arrange_outputs(torch.baddbmm(bias, h[:, :n_whole], weight))
-        if not n_means:
-            return whole
+        if n_whole is None:
+            return self.arrange_outputs(torch.baddbmm(bias, h, weight))
+        # The gradient of a split is put together in one piece, that of slices is not.
+        whole, others = h.split([n_whole, h.shape[1] - n_whole], 1)
+        outputs = self.arrange_outputs(torch.baddbmm(bias, whole, weight))
         weight, bias = (self._select_outputs(values, 1, n_means) for values in (weight, bias))
-        means = torch.baddbmm(bias, h[:, n_whole:], weight)
-        return *whole, *self.arrange_outputs(means, n_means)
+        means = torch.baddbmm(bias, others, weight)
+        return *outputs, *self.arrange_outputs(means, n_means)
 
     def select_weights(self, source: int, with_variance: bool = True) -> tuple[Tensor, Tensor]:
         """The linear layer on h of a source, for its means alone or for its variances, too.
