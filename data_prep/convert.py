@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,13 @@ from data_prep.jobs.job_folder import claim_job
 from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
 from data_prep.options import COVARIATE, FIELDS, NO_COLUMN, FeatureChoice
-from data_prep.planned_cells import ConversionOptions, list_modality_files, plan_cells
+from data_prep.planned_cells import (
+    ConversionOptions,
+    PlannedCells,
+    list_modality_files,
+    plan_cells,
+    refuse_equal_modalities,
+)
 from data_prep.readers.fragments import ConversionInput, FragmentsSource
 from data_prep.readers.listed_cells import identify_lists
 from data_prep.readers.source import OpenedSource, Source, SourceHead
@@ -90,28 +97,28 @@ def build_store(
 
     Raises:
         DataError: the inputs are not what they should be (see `count_fragments`, `plan_features`,
-            `join_cells_by_barcode`, `canonicalise_rows`, `select_variable_features`).
+            `join_cells_by_barcode`, `canonicalise_rows`, `select_variable_features`), or two
+            modalities are the same.
     """
     choices, work, store = options.feature_choices, job / "work", job / "store"
     decided = [c for name, c in choices.items() if name not in options.new_modalities]
     if reference and any(c.mode or c.listed or c.top_features for c in decided):
         raise ValueError("features are chosen, although another store decides them")
     planned = plan_cells(inputs, options, reference, work, pool)
-    sources, plan, cells = planned.sources, planned.plan, planned.cells
+    sources, cells = planned.sources, planned.cells
     refuse_cells(cells)
     heads = [head for _, head in sources]
     kept = plan_kept_columns(heads, options.kept_obs, options.known_obs)
     write_kept_values(kept, heads, cells.row_folders)
-    if len(plan.modalities) > 1:
+    if len(planned.plan.modalities) > 1:
         lines = [f"pairing of {format_count(len(cells), 'cell')}:", *planned.describe_pairing()]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
     # First pass, after one or two more over the modalities whose features are chosen by cells.
     scatter.prepare_sources(sources, work, pool)
-    plan, selected = _select_features(sources, plan, cells, options, work, pool)
-    readings = scatter.plan_readings(
-        sources, plan.modalities, plan.columns, cells, work, options.round_counts
-    )
+    refuse_equal_modalities(planned.plan_readings(options, work), planned.plan)
+    planned, selected = _select_features(planned, options, work, pool)
+    plan, readings = planned.plan, planned.plan_readings(options, work)
     spools = scatter.scatter_rows(readings, work / "spools", pool)
 
     # Second pass, once it is known what every cell takes.
@@ -127,23 +134,20 @@ def build_store(
 
 
 def _select_features(
-    sources: Sequence[OpenedSource],
-    plan: FeaturePlan,
-    cells: CellTable,
-    options: ConversionOptions,
-    work: Path,
-    pool: WorkerPool,
-) -> tuple[FeaturePlan, dict[str, SelectedFeatures]]:
+    planned: PlannedCells, options: ConversionOptions, work: Path, pool: WorkerPool
+) -> tuple[PlannedCells, dict[str, SelectedFeatures]]:
     """The plan with the features that are kept, and how they were chosen, by modality."""
-    readings = scatter.plan_readings(
-        sources, plan.modalities, plan.columns, cells, work, options.round_counts
-    )
-    choices = options.feature_choices
     selected = select_variable_features(
-        readings, plan, cells, choices, work / "select", scatter.TASK_ENTRIES, pool
+        planned.plan_readings(options, work),
+        planned.plan,
+        planned.cells,
+        options.feature_choices,
+        work / "select",
+        scatter.TASK_ENTRIES,
+        pool,
     )
     kept = {name: features.places for name, features in selected.items()}
-    return plan.keep_features(sources, kept), selected
+    return replace(planned, plan=planned.plan.keep_features(planned.sources, kept)), selected
 
 
 def describe_conversion(

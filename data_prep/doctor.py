@@ -17,11 +17,15 @@ from tempfile import TemporaryDirectory
 from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store import layout
 from data_prep.conversion.pairing import ALIKE_SHARE, PairingSurvey, find_droplets
-from data_prep.conversion.scatter import plan_readings
 from data_prep.convert import format_feature_note
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import FIELDS, InputArgument
-from data_prep.planned_cells import ConversionOptions, PlannedCells, plan_cells
+from data_prep.planned_cells import (
+    ConversionOptions,
+    PlannedCells,
+    plan_cells,
+    refuse_equal_modalities,
+)
 from data_prep.readers.formats import FileDescription, describe_file
 from data_prep.readers.fragments import ConversionInput, FragmentsInput
 from data_prep.readers.source import PROBED_VALUES
@@ -87,13 +91,14 @@ def _try_values(planned: PlannedCells, options: ConversionOptions, work: Path) -
 
     Sources whose rows cannot be read directly are passed over.
     """
-    sources, plan = planned.sources, planned.plan
-    readings = plan_readings(
-        sources, plan.modalities, plan.columns, planned.cells, work, options.round_counts
-    )
+    readings = [
+        reading
+        for reading in planned.plan_readings(options, work)
+        if reading.n_rows and not reading.source.count_parts()
+    ]
+    refuse_equal_modalities(readings, planned.plan)
     for reading in readings:
-        if reading.n_rows and not reading.source.count_parts():
-            reading.read_rows(*reading.split_rows(PROBED_VALUES)[0])
+        reading.read_rows(*reading.split_rows(PROBED_VALUES)[0])
 
 
 _NO_CELLS = PairingSurvey({}, {}, 0, (), False)

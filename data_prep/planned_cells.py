@@ -17,6 +17,7 @@ from clue_dist.store.layout import Codec
 from clue_dist.store.obs_columns import KeptColumn
 from clue_dist.store.shuffle import derive_key
 from data_prep.conversion.cells import BarcodeHash, CellTable
+from data_prep.conversion.counts import AlignmentTarget, SourceReading
 from data_prep.conversion.join_cells import join_cells_by_barcode
 from data_prep.conversion.pairing import (
     PairingSurvey,
@@ -24,12 +25,14 @@ from data_prep.conversion.pairing import (
     refuse_row_numbers,
     survey_pairing,
 )
+from data_prep.conversion.scatter import find_scratch
 from data_prep.features.plan import FeaturePlan, plan_features
+from data_prep.jobs.array_files import load_array, save_array
 from data_prep.jobs.workers import WorkerPool
 from data_prep.options import FeatureChoice, ObsColumns, Pairing
 from data_prep.readers.fragments import ConversionInput, count_fragments
 from data_prep.readers.listed_cells import keep_listed_cells
-from data_prep.readers.source import OpenedSource, Source, count_probed_rows
+from data_prep.readers.source import PROBED_VALUES, OpenedSource, Source
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,29 @@ class PlannedCells:
     sources: list[OpenedSource]
     plan: FeaturePlan
     cells: CellTable
+
+    def plan_readings(self, options: ConversionOptions, work: Path) -> list[SourceReading]:
+        """Plan how tasks read the rows of each source, once `prepare_sources` has sorted them.
+
+        Where columns go is saved to files, which the tasks read.
+
+        Args:
+            options: whether counts are rounded.
+            work: the folder for the files of this job.
+        """
+        readings = []
+        for i, (source, head) in enumerate(self.sources):
+            folder, column_file = self.cells.row_folders[i], None
+            if (places := self.plan.columns[i]) is not None:
+                column_file = folder / "columns.npy"
+                save_array(column_file, places)
+            modality = self.plan.modalities[source.modality]
+            target = AlignmentTarget(
+                modality.kind, modality.n_features, column_file, options.round_counts, folder
+            )
+            scratch = find_scratch(work, i)
+            readings.append(SourceReading(source, target, head.n_rows, head.nnz, scratch, folder))
+        return readings
 
     def survey_pairs(self) -> PairingSurvey:
         """Count the cells that have each set of modalities."""
@@ -100,7 +126,7 @@ def plan_cells(
 
     Raises:
         DataError: the inputs are not what they should be (see `count_fragments`, `plan_features`,
-            `join_cells_by_barcode`), or two modalities are the same.
+            `join_cells_by_barcode`).
     """
     by_core = options.pairing == "core"
     counted = count_fragments(inputs, options.feature_choices, work / "fragments", pool, by_core)
@@ -108,7 +134,6 @@ def plan_cells(
     plan = plan_features(
         sources, options.kinds, options.feature_choices, reference, options.new_modalities
     )
-    _refuse_equal_modalities(sources, plan)
     if options.pairing != "exact":
         refuse_row_numbers(sources)
     barcode_hash = BarcodeHash(derive_key(options.seed, "cells"), by_core)
@@ -118,45 +143,41 @@ def plan_cells(
     return PlannedCells(sources, plan, cells)
 
 
-def _refuse_equal_modalities(sources: Sequence[OpenedSource], plan: FeaturePlan) -> None:
-    """Refuse two modalities that are the same values of the same features."""
-    sources_of = {
-        name: [opened for opened in sources if opened.source.modality == name]
-        for name in plan.modalities
-    }
-    for first, second in itertools.combinations(sources_of, 2):
-        if plan.modalities[first].features != plan.modalities[second].features:
+def refuse_equal_modalities(readings: Sequence[SourceReading], plan: FeaturePlan) -> None:
+    """Refuse two modalities that begin with the same values of the same cells and features.
+
+    Args:
+        readings: how the rows of the sources are read, whatever their format.
+        plan: the features of each modality.
+
+    Raises:
+        DataError: two modalities do so.
+    """
+    for one, other in itertools.combinations(readings, 2):
+        first, second = one.source.modality, other.source.modality
+        if first == second or plan.modalities[first].features != plan.modalities[second].features:
             continue
-        for one, other in itertools.product(sources_of[first], sources_of[second]):
-            if _is_same_matrix(one.source, other.source) or _begin_alike(one, other):
-                raise DataError(
-                    "two modalities are the same values",
-                    where=other.source.display_name,
-                    got=f"{first}, {second}",
-                    expected="a file, a part of a file, a layer or a list of features for each",
-                    fix=f"correct the file of {second}; `python -m data_prep doctor "
-                    f"{other.source.display_name}` lists the parts of this one",
-                )
+        if _begin_alike(one, other):
+            raise DataError(
+                "two modalities are the same values",
+                where=other.source.display_name,
+                got=f"{first}, {second}",
+                expected="a file, a part of a file, a layer or a list of features for each",
+                fix=f"correct the file of {second}; `python -m data_prep doctor "
+                f"{other.source.display_name}` lists the parts of this one",
+            )
 
 
-def _is_same_matrix(one: Source, other: Source) -> bool:
-    """Whether two sources are one matrix of one file."""
-    return (one.describe_identity() | {"modality": None}) == (
-        other.describe_identity() | {"modality": None}
-    )
-
-
-def _begin_alike(one: OpenedSource, other: OpenedSource) -> bool:
-    """Whether two sources begin with the same values of the same cells, as copies do."""
-    n_rows = count_probed_rows(one.head)
-    is_alike = one.head.features == other.head.features and np.array_equal(
-        one.head.barcodes[:n_rows], other.head.barcodes[:n_rows]
-    )
-    # The first rows of other forms are found once the whole file is read.
-    if not is_alike or one.source.count_parts() or other.source.count_parts():
+def _begin_alike(one: SourceReading, other: SourceReading) -> bool:
+    """Whether two sources of the same features begin with the same values of the same cells."""
+    if not (one.n_rows and other.n_rows):
         return False
-    rows = sp.csr_matrix(one.source.read_rows(0, n_rows, Path()))
-    other_rows = sp.csr_matrix(other.source.read_rows(0, n_rows, Path()))
+    _, n_rows = one.split_rows(PROBED_VALUES)[0]
+    # A cell has the same key in all its modalities.
+    keys, other_keys = (load_array(each.row_folder / "keys.npy")[:n_rows] for each in (one, other))
+    if not np.array_equal(keys, other_keys):
+        return False
+    rows, other_rows = (sp.csr_matrix(each.read_rows(0, n_rows)) for each in (one, other))
     return bool(rows.count_nonzero() and (rows != other_rows).nnz == 0)
 
 

@@ -7,17 +7,15 @@ WORK/spools/rna/000-000000000000     one spool for each task
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from clue_dist.store.manifest_parts import Modality
-from data_prep.conversion.cells import CellTable
-from data_prep.conversion.counts import AlignmentTarget, SourceReading
+from data_prep.conversion.counts import SourceReading
 from data_prep.conversion.spool import write_spool
-from data_prep.jobs.array_files import load_array, save_array
+from data_prep.jobs.array_files import load_array
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.readers.source import OpenedSource, Source
 
@@ -51,51 +49,21 @@ def prepare_sources(sources: Sequence[OpenedSource], work: Path, pool: WorkerPoo
     """Sort the inputs whose rows cannot be read directly."""
     tasks: dict[Path, _PrepareTask] = {}
     for i, (source, _) in enumerate(sources):
-        scratch = work / "prepared" / f"{i:03d}"
+        scratch = find_scratch(work, i)
         for part in range(source.count_parts()):
             tasks[scratch / f"{part:06d}"] = _PrepareTask(source, part, scratch)
     if tasks:
         run_missing(pool, "sort entries", _prepare_part, tasks)
 
 
+def find_scratch(work: Path, number: int) -> Path:
+    """The folder of a job in which the entries of a source lie sorted, by its number."""
+    return work / "prepared" / f"{number:03d}"
+
+
 def _prepare_part(task: _PrepareTask) -> None:
     """Run one task of `prepare_sources`."""
     task.source.prepare_part(task.part, task.scratch)
-
-
-def plan_readings(
-    sources: Sequence[OpenedSource],
-    modalities: Mapping[str, Modality],
-    columns: Sequence[np.ndarray | None],
-    cells: CellTable,
-    work: Path,
-    round_counts: bool = False,
-) -> list[SourceReading]:
-    """Plan how tasks read each source's rows.
-
-    Args:
-        sources: the inputs, with their heads.
-        modalities: modalities of the store, with their features.
-        columns: for each source, where its columns go (-1 = dropped); None: all are in place. They
-            are saved to files, which tasks read.
-        cells: whose folders hold key and batch of each row.
-        work: the folder for the files of this job.
-        round_counts: whether counts may be fractions, which are rounded.
-    """
-    readings = []
-    for i, (source, head) in enumerate(sources):
-        folder = cells.row_folders[i]
-        column_file = None
-        if (places := columns[i]) is not None:
-            column_file = folder / "columns.npy"
-            save_array(column_file, places)
-        modality = modalities[source.modality]
-        target = AlignmentTarget(
-            modality.kind, modality.n_features, column_file, round_counts, folder
-        )
-        scratch = work / "prepared" / f"{i:03d}"
-        readings.append(SourceReading(source, target, head.n_rows, head.nnz, scratch, folder))
-    return readings
 
 
 def scatter_rows(

@@ -9,6 +9,7 @@ import mudata as md
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 
 from clue_dist.errors import DataError
 from clue_dist.store import layout
@@ -22,11 +23,13 @@ from data_prep.readers.source import CategoryCodes
 from tests.unit.prep_helpers import (
     assert_same_counts,
     convert_files,
+    make_anndata,
     make_counts,
     read_counts,
     read_field,
     shrink_tasks,
     write_h5ad,
+    write_mtx,
 )
 
 
@@ -130,12 +133,13 @@ def test_two_modalities_need_values_of_their_own(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", make_counts(20, 10))
     with pytest.raises(DataError, match=r"two modalities are the same values[\s\S]*rna, adt"):
         convert_files(tmp_path / "s.zarr", f"rna={path}", f"adt={path}")
-    copy = write_h5ad(tmp_path / "copy.h5ad", make_counts(20, 10))
     table = ad.read_h5ad(path)
+    by_columns = make_anndata(make_counts(20, 10), sp.csc_matrix)
     for cells in (
-        [f"rna={path}", f"adt={copy}"],
+        *([f"rna={path}", f"adt={copy}"] for copy in _write_copies(tmp_path, make_counts(20, 10))),
         md.MuData({"rna": table, "adt": table}),
         md.MuData({"rna": table, "adt": table.copy()}),
+        md.MuData({"rna": by_columns, "adt": by_columns.copy()}),
     ):
         with pytest.raises(DataError, match=r"two modalities are the same values[\s\S]*rna, adt"):
             convert_cells(cells, tmp_path / "s.zarr", ConversionRequest())
@@ -149,6 +153,16 @@ def test_two_modalities_need_values_of_their_own(tmp_path: Path) -> None:
         lists.append(f"{name}={tmp_path / f'{name}.txt'}")
     store = convert_files(tmp_path / "t.zarr", f"rna={path}", f"adt={path}", features=lists)
     assert store.manifest.modalities["adt"].features == ["g6", "g7", "g8", "g9"]
+
+
+def _write_copies(folder: Path, counts: pd.DataFrame) -> list[Path]:
+    """Write the same counts in other files and formats."""
+    by_rows = write_h5ad(folder / "rows.h5ad", counts)
+    by_columns = write_h5ad(folder / "columns.h5ad", counts, sp.csc_matrix)
+    matrix_market = write_mtx(folder / "mtx", counts, ["Antibody Capture"] * counts.shape[1])
+    table = folder / "table.csv"
+    counts.to_csv(table)
+    return [by_rows, by_columns, matrix_market, table]
 
 
 def _convert(*typed: str) -> None:
