@@ -205,7 +205,8 @@ def measure_rows(codes, rest, lengths, starts, bits):  # type: ignore[no-untyped
                 n_other += rest[k] >= FAR_BINARY_GAP
             measured[row, 1], measured[row, 3] = lengths[row, 1], n_other
         else:
-            for k in range(starts[row, 0], starts[row + 1, 0]):
-                n_other += codes[k] >= FAR_GAP
+            row_codes = codes[starts[row, 0] : starts[row + 1, 0]]
+            for k in range(len(row_codes)):
+                n_other += row_codes[k] >= FAR_GAP
             measured[row, 1], measured[row, 3] = n_other, lengths[row, 1]
     return measured
