@@ -19,7 +19,7 @@ from clue_dist.errors import LOST, ClueError, ConfigError
 from clue_dist.files import DISK_FULL
 
 _has_joined = False  # whether this process is, or was, one of the ranks of a job
-_skips_cleanup = False  # whether the interpreter's own way out would crash
+_skips_cleanup = False  # whether to avoid the interpreter's own way out
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
@@ -135,7 +135,11 @@ def mark_as_rank() -> None:
 
 
 def skip_cleanup() -> None:
-    """Note that a library is in a state in which it crashes as it cleans up, for `run_main`."""
+    """Note that the interpreter's own way out is to be avoided, for `run_main`.
+
+    A library may be in a state in which it crashes as it cleans up; or there is nothing to clean
+    up but memory.
+    """
     global _skips_cleanup
     _skips_cleanup = True
 

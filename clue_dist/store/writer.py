@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +21,7 @@ import tensorstore as ts
 from clue_dist.errors import StoreError
 from clue_dist.files import sync_to_disk, write_file
 from clue_dist.store import layout, location
+from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.manifest_parts import FileDigest, PackedModality
 from clue_dist.store.obs_columns import name_kept_array
@@ -92,7 +95,7 @@ def write_shard(
             expected=expected,
         )
     n_blocks = layout.count_blocks(expected, block_cells)
-    digests = {}
+    writes: dict[ArraySpec, ts.WriteFutures] = {}
     for spec in manifest.specify_arrays(name):
         modality, array = spec.path.split("/")[-2:]
         if modality == "obs":
@@ -100,14 +103,20 @@ def write_shard(
         else:
             rows, packed = cells.modalities[modality], segment.packed[modality]
             values = _arrange_modality(array, rows, n_blocks, block_cells, packed)
-        _write_blocks(root / spec.path, shard * segment.shard_blocks, values)
+        writes[spec] = _start_write(root / spec.path, shard * segment.shard_blocks, values)
+    for write in writes.values():
+        write.exception()  # waits: after an error, nothing is written any more
+    digests = {}
+    for spec, write in writes.items():
+        with _translate_shard_errors(root / spec.path):
+            write.result()
         file = spec.name_shard_file(shard)
         digests[file] = hash_file(root / file)
     return digests
 
 
-def _write_blocks(folder: Path, first: int, values: np.ndarray) -> None:
-    """Write the blocks of one whole shard of an array, from block `first` on.
+def _start_write(folder: Path, first: int, values: np.ndarray) -> ts.WriteFutures:
+    """Begin to write the blocks of one whole shard of an array, from block `first` on.
 
     TensorStore syncs the file and renames it into place. It takes half the time of zarr-python, and
     the file is byte for byte the same.
@@ -118,12 +127,19 @@ def _write_blocks(folder: Path, first: int, values: np.ndarray) -> None:
         # Otherwise a chunk of zeros is left out, and looks like a chunk that was lost.
         "store_data_equal_to_fill_value": True,
     }
-    try:
+    with _translate_shard_errors(folder):
         array = ts.open(request, open=True, write=True).result()
         # The values do not change before the result is there: TensorStore need not copy them.
-        array[first : first + len(values)].write(
+        return array[first : first + len(values)].write(
             values, can_reference_source_data_indefinitely=True
-        ).result()
+        )
+
+
+@contextmanager
+def _translate_shard_errors(folder: Path) -> Iterator[None]:
+    """Turn what TensorStore raises into an error that says what a person can do."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         raise StoreError(
             "a shard cannot be written",

@@ -21,7 +21,7 @@ from data_prep.readers.source import OpenedSource, Source
 
 # Every shard looks into every spool, so that many spools take time; large ones take memory.
 TASK_ENTRIES = 2**20  # stored values of a task where the inputs are small
-MANY_TASKS = 100  # where there would be more of them, tasks grow up to sixfold
+MANY_TASKS = 50  # where there would be more of them, tasks grow up to sixfold
 MOST_TASKS = 1000  # where there would still be more, tasks grow up to LARGEST_TASK_ENTRIES
 LARGEST_TASK_ENTRIES = 2**25  # 32 MB when coded
 

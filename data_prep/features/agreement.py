@@ -137,5 +137,7 @@ def _guess_naming(features: list[str]) -> str:
 
 def list_missing_features(wanted: list[str], features: list[str]) -> list[str]:
     """List the wanted features that are not among `features`, each once."""
+    if wanted == features:
+        return []
     known = set(features)
     return [feature for feature in dict.fromkeys(wanted) if feature not in known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,13 +112,8 @@ def plan_features(
 
 def _refuse_repeated_features(source: Source, head: SourceHead) -> None:
     """Refuse a source in which a feature name occurs more than once."""
-    seen: set[str] = set()
-    repeated: dict[str, None] = {}
-    for feature in head.features:
-        if feature in seen:
-            repeated[feature] = None
-        seen.add(feature)
-    if repeated:
+    if len(set(head.features)) < len(head.features):
+        repeated = [name for name, times in Counter(head.features).items() if times > 1]
         raise DataError(
             f"{format_count(len(repeated), 'feature name')} more than once",
             where=source.display_name,

@@ -19,9 +19,9 @@ from data_prep.planned_cells import ConversionOptions
     ("values", "expected"),
     [
         (0, 10),
-        (1000, 10),  # a hundred tasks
-        (3000, 30),
-        (6000, 60),
+        (500, 10),  # fifty tasks
+        (1500, 30),
+        (3000, 60),
         (10_000, 60),  # more tasks, of the same size
         (60_000, 60),  # a thousand tasks
         (90_000, 90),
