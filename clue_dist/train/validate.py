@@ -36,6 +36,9 @@ from clue_dist.train.space_fit import fit_common_space, thin_cells
 from clue_dist.train.trainer import Trainer, ValidationCells
 from clue_dist.train.translation_fit import TranslatedCells, fit_theta_shifts, fit_translation
 
+# Standard errors within which a score cannot be told from the lowest. That is the lowest of twenty,
+# and of few cells so by luck: with one error, weights of the first tenth of a run may be kept.
+TOLERATED_ERRORS = 2.0
 # Of fewer labelled cells, half of them or more would vote for the label of each.
 LEAST_LABELLED = 2 * LABEL_NEIGHBOURS
 
@@ -105,9 +108,9 @@ def fit_to_pairs(
 def choose_weights(state: RunState, cells: Sequence[float]) -> tuple[RunState, float]:
     """Choose between the weights that are kept as the best and the present ones.
 
-    Weights whose score is within a standard error of the lowest cannot be told from those that have
-    it. The latest of them are kept, as the steps that led to them were smaller. Both scores are
-    means over the same cells, which are hard or easy for both: the error is that of the mean
+    Weights whose score is within two standard errors of the lowest cannot be told from those that
+    have it. The latest of them are kept, as the steps that led to them were smaller. Both scores
+    are means over the same cells, which are hard or easy for both: the error is that of the mean
     difference, cell by cell, and far smaller than the error of either score.
 
     Args:
@@ -132,7 +135,7 @@ def choose_weights(state: RunState, cells: Sequence[float]) -> tuple[RunState, f
         if state.lowest_cells:  # a run that an earlier version began did not keep them
             error = _compute_paired_error(cells, state.lowest_cells)
     assert state.lowest_score is not None
-    if score <= state.lowest_score + error:
+    if score <= state.lowest_score + TOLERATED_ERRORS * error:
         state = replace(state, best_step=state.step, best_score=score)
     return state, error
 

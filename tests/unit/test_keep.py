@@ -42,7 +42,7 @@ def choose_among(validations: list[list[float]], patience: int = 0) -> tuple[Run
 
 
 def test_the_error_is_that_of_the_difference_cell_by_cell() -> None:
-    lowest, worse = score_cells(0.0, noise=-1.0), score_cells(0.003)
+    lowest, worse = score_cells(0.0, noise=-1.0), score_cells(0.005)
     state, _ = choose_weights(RunState(1, 1, ""), lowest)
     state, error = choose_weights(replace(state, step=2), worse)
     assert error == pytest.approx(np.std(np.subtract(worse, lowest), ddof=1) / 101**0.5)
@@ -55,25 +55,25 @@ def test_the_error_is_that_of_the_difference_cell_by_cell() -> None:
 def test_overfitting_is_seen_on_a_small_set() -> None:
     """Scores that fall and then rise, a little at a time: not the last weights are kept."""
     state, kept_steps = choose_among(
-        [score_cells(0.0004 * abs(step - 10), noise=(-1) ** step) for step in range(40)]
+        [score_cells(0.0008 * abs(step - 10), noise=(-1) ** step) for step in range(40)]
     )
     assert state.lowest_step == 11
     assert kept_steps[-1] < 20
 
 
 def test_later_weights_win_where_scores_cannot_be_told_apart() -> None:
-    shifts = (0.1, 0.0, 0.05, 0.001, 0.003)
+    shifts = (0.1, 0.0, 0.05, 0.003, 0.005)  # one and a half, and two and a half errors
     state, kept_steps = choose_among(
         [score_cells(shift, noise=1.0 if shift else -1.0) for shift in shifts]
     )
     assert kept_steps == [1, 2, 4]
     assert (state.lowest_step, state.best_step, state.bad) == (2, 4, 3)
     assert state.lowest_score == pytest.approx(0.2)
-    assert state.best_score == pytest.approx(0.201)
+    assert state.best_score == pytest.approx(0.203)
 
 
 def test_the_lowest_score_is_the_measure_however_slowly_scores_rise() -> None:
-    validations = [score_cells(0.0008 * step, noise=(-1) ** step) for step in range(12)]
+    validations = [score_cells(0.0015 * step, noise=(-1) ** step) for step in range(12)]
     state, kept_steps = choose_among(validations)
     assert kept_steps == [1, 2]  # the third differs from the first in every cell alike
     assert state.lowest_score == pytest.approx(0.2)

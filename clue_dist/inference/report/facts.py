@@ -77,8 +77,8 @@ def describe_weights(metrics: pd.DataFrame, facts: RunFacts) -> list[str]:
     else:
         sentences = [
             f"The weights of step {step:,} are kept{_compare_scores(kept, lowest)}. Of weights "
-            "whose score is not above the lowest by more than a standard error of the difference, "
-            "the latest are kept."
+            "whose score is not above the lowest by more than two standard errors of the "
+            "difference, the latest are kept."
         ]
     sentences.append(f"The score is {measure}; lower is better.")
     if folder and facts.best_steps[0] != step:
