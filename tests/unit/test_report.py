@@ -21,6 +21,7 @@ import pytest
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.inference.report import facts, figures, layouts, panels, write_report
 from clue_dist.inference.report.facts import describe_weights, read_run_facts
+from clue_dist.inference.report.layouts import compute_umap
 from clue_dist.inference.report.panels import list_panels, read_metrics
 from clue_dist.inference.report.profiles import ALL_OBSERVED, UNKNOWN, read_profiles
 
@@ -31,6 +32,13 @@ def quick_pictures(monkeypatch):
     monkeypatch.setattr(layouts, "compute_umap", lambda latent: latent[:, :2])
     drawn = "clue_dist.inference.report.page.render_png"
     monkeypatch.setattr(drawn, lambda figure: b"\x89PNG")
+
+
+@pytest.mark.parametrize("n_cells", [1, 2])
+def test_one_cell_or_two_have_a_layout(n_cells):
+    points = compute_umap(np.ones((n_cells, 5)))
+    assert points.shape == (n_cells, 2)
+    assert len(np.unique(points, axis=0)) == n_cells
 
 
 @pytest.fixture

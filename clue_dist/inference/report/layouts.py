@@ -114,6 +114,8 @@ def compute_umap(latent: np.ndarray) -> np.ndarray:
     Returns:
         (n, 2).
     """
+    if len(latent) < 3:  # which have no neighbours that a layout could keep
+        return np.arange(2.0 * len(latent)).reshape(-1, 2)
     # It takes seconds to import, and only a report with an embedding needs it.
     umap = retry_with_cache(lambda: importlib.import_module("umap"))
     with warnings.catch_warnings():

@@ -70,9 +70,9 @@ def write_report(
 
     Args:
         run: folder of the run.
-        embedding: an output of `launch/embed.py`: UMAPs, and how labels pass between modalities.
-        scores: an output of `launch/evaluate.py`, shown as tables.
-        imputed: an output of `launch/impute.py`, compared with `truth`.
+        embedding: an output of `clue embed`: UMAPs, and how labels pass between modalities.
+        scores: an output of `clue evaluate`, shown as tables.
+        imputed: an output of `clue impute`, compared with `truth`.
         truth: the store that holds the counts of the same cells.
 
     Returns:
