@@ -98,8 +98,11 @@ class AlignedCounts:
                 got=found.dtype,
                 expected="integers or floats",
             )
-        if found.dtype == np.float16:  # which scipy's sparse matrices do not hold
+        # What scipy's sparse matrices do not hold: half floats, and bytes in the other order.
+        if found.dtype == np.float16:
             found = found.astype(np.float32)
+        elif not found.dtype.isnative:
+            found = found.astype(found.dtype.newbyteorder("="))
         return found if (order[:-1] < order[1:]).all() else found[np.argsort(order)]
 
     def _align_values(self, found: Any, rows: np.ndarray) -> np.ndarray:
