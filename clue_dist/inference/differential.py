@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clue_dist.errors import ConfigError, list_names, name_argument, suggest_names
 from clue_dist.inference.cells import Cells
+from clue_dist.inference.cells.memory_obs import name_value, name_values
 from clue_dist.inference.cells.named_counts import list_chosen
 from clue_dist.inference.imputation_question import (
     AVERAGE,
@@ -84,7 +85,7 @@ def compare_groups(
     require_number(name_argument("pairs"), choices.pairs, 1, whole=True)
     require_number(name_argument("least_change"), choices.least_change)
     if choices.reference is not None:
-        choices = replace(choices, reference=str(choices.reference))
+        choices = replace(choices, reference=name_value(choices.reference))
     question = read_question(
         trained_model,
         ImputationChoices(
@@ -128,8 +129,7 @@ def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) 
             got=f"columns: {list_names(obs.columns, 30) or 'none'}",
             fix=suggest_names(choices.groupby, list(map(str, obs.columns))),
         )
-    values = obs[choices.groupby]
-    names = np.where(values.isna(), "", values.astype(str)).astype(object)
+    names = name_values(obs[choices.groupby])
     labels = np.full(len(names), "", object)
     labels[shown] = names[shown]
     return labels
@@ -139,7 +139,7 @@ def _list_groups(labels: np.ndarray, choices: DifferentialChoices) -> list[str]:
     """The groups to compare, each with cells and with others to compare them with."""
     known = sorted(set(labels) - {""})
     chosen = list_chosen(choices.groups)
-    wanted = known if chosen is None else [str(name) for name in chosen]  # 1 is called "1"
+    wanted = known if chosen is None else [*dict.fromkeys(map(name_value, chosen))]
     named = wanted + ([choices.reference] if choices.reference is not None else [])
     if absent := [name for name in named if name not in known]:
         raise ConfigError(

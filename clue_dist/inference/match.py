@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import ConfigError, format_count, list_names
 from clue_dist.inference.cells import Cells, StoreCells
+from clue_dist.inference.cells.memory_obs import name_values
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import (
@@ -204,11 +205,10 @@ def _read_batches(obs: pd.DataFrame) -> np.ndarray:
             fix="name the column that holds the batch: --batch-key at conversion, batch_key= in "
             "Python; or match among all cells",
         )
-    batches = obs[_BATCH].astype(object)
-    batches = batches.where(batches.notna(), "").astype(str)
+    batches = name_values(obs[_BATCH])
     if n_unknown := int((batches == "").sum()):
         warn_of_cells(f"no partner for {format_count(n_unknown, 'cell')} whose batch is not known")
-    return batches.to_numpy()
+    return batches
 
 
 def _calibrate_on_cells(

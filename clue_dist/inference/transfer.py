@@ -17,6 +17,7 @@ from clue_dist.errors import (
     suggest_names,
 )
 from clue_dist.inference.cells import Cells
+from clue_dist.inference.cells.memory_obs import name_values
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import check_table_path, write_table
@@ -106,8 +107,8 @@ def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
             got=list_names(obs.columns) or "no columns",
             fix=suggest_names(label_key, list(map(str, obs.columns))),
         )
-    values = obs[label_key].astype(object).where(obs[label_key].notna(), "").astype(str)
-    labels = values.where(values != UNKNOWN_LABEL, "").to_numpy()
+    labels = name_values(obs[label_key])
+    labels[labels == UNKNOWN_LABEL] = ""
     if mark_labelled_cells(labels).sum() < 2:
         raise DataError(
             "the reference needs two labelled cells", where=f"column {label_key!r} of its obs"

@@ -118,6 +118,19 @@ def test_groups_may_be_numbers(trained, cells, monkeypatch):
     for groups in (1, [1]):
         tables = compare(trained, cells, groups=groups, reference=0, pairs=9)
         pd.testing.assert_frame_equal(tables["1"], expected)
+    monkeypatch.setattr(cells, "group", numbers.astype(float))  # NaN, where there is none
+    for groups in (1, [1.0]):
+        tables = compare(trained, cells, groups=groups, reference=0.0, pairs=9)
+        pd.testing.assert_frame_equal(tables["1"], expected)
+
+
+def test_a_group_that_is_named_twice_is_compared_once(trained, cells):
+    once, twice = (
+        compare(trained, cells, groups=groups, pairs=9)
+        for groups in (["high", "low"], ["high", "low", "high"])
+    )
+    assert list(once) == list(twice)
+    pd.testing.assert_frame_equal(once["high"], twice["high"])
 
 
 def test_the_same_seed_gives_the_same_table(trained, cells):

@@ -115,7 +115,8 @@ def test_values_that_are_nearly_whole_are_rounded():
 
 def test_integers_and_tiny_negative_zeros_are_counts():
     table = make_table()
-    for values in (table.X.astype(np.int16), table.X.toarray().astype(np.float16)):
+    dense = table.X.toarray()
+    for values in (table.X.astype(np.int16), *map(dense.astype, (np.float16, ">f4", ">i4"))):
         table.X = values
         np.testing.assert_array_equal(read_all(table)["rna"], make_table().X.toarray())
     table = make_table()
@@ -239,6 +240,12 @@ def test_columns_and_names_that_no_file_takes_are_refused_before_any_work(tmp_pa
     table.obs["what"] = [{"any": "thing"}] * 5
     with pytest.raises(DataError, match=r"no file takes(.|\n)*what"):
         embed_cells(LOADED, open_cells(table, LOADED), tmp_path / "z.h5ad", run="r")
+    for name, endings in (("", ".h5ad"), ("_index", ".h5mu"), ("a/b", ".zarr"), ("cell", ".h5ad")):
+        table = make_table()
+        table.obs.index.name = "cell"
+        table.obs[name] = 1.5
+        with pytest.raises(DataError, match=f"column of obs has (.|\\n)*got: '{name}'"):
+            embed_cells(LOADED, open_cells(table, LOADED), tmp_path / f"z{endings}", run="r")
     table = make_table()
     table.obs_names = ["cell"] * 5
     with pytest.raises(DataError, match="names of their own"):

@@ -183,6 +183,18 @@ def test_unknown_cells_of_a_reference_carry_no_label_over(store, loaded):
     assert UNKNOWN_LABEL in fitted.assign_labels(points).label.cat.categories
 
 
+def test_labels_are_named_as_a_store_names_them(store, loaded):
+    class Numbered(StoreCells):
+        def read_obs(self):
+            obs = super().read_obs()
+            return obs.assign(cluster=obs["cell_type"].cat.codes.replace(0, None).astype(float))
+
+    cells = Numbered(store, loaded)
+    assert cells.read_obs()["cluster"].isna().any()
+    found = label_cells(loaded, cells, cells, "cluster")
+    assert list(found.nearest_label.cat.categories) == ["1", "2"]
+
+
 def test_without_cells_of_the_queries_modalities_confidence_is_not_calibrated(loaded, tmp_path):
     reference = open_cells(make_store(tmp_path / "r.zarr", cells={"rna": 60}), loaded)
     query = open_cells(make_store(tmp_path / "q.zarr", cells={"adt": 20}), loaded)

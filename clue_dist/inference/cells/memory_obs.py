@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import anndata as ad
 import h5py
 import mudata as md
+import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 
@@ -58,14 +59,28 @@ def require_writable_obs(obs: pd.DataFrame, ending: str) -> None:
         ending: of the file.
 
     Raises:
-        DataError: a column holds what no file takes, or its name is no text; names of cells
-            repeat, which a MuData does not take.
+        DataError: a column holds what no file takes, or has a name that none takes; names of
+            cells repeat, which a MuData does not take.
     """
     if numbers := [name for name in obs if not isinstance(name, str)]:
         raise DataError(
             "columns of obs need texts as names",
             got=list_names(map(repr, numbers)),
             fix="`obs.columns = obs.columns.astype(str)`",
+        )
+    forbids_slash = ending == ".zarr"
+    if unfit := [n for n in obs if n in ("", "_index") or (forbids_slash and "/" in str(n))]:
+        raise DataError(
+            f"a column of obs has a name that no {ending} takes",
+            got=list_names(map(repr, unfit)),
+            fix="`obs.rename(columns=...)`",
+        )
+    title = obs.index.name
+    if title in obs and not (obs[title].astype(str) == obs.index.astype(str)).all():
+        raise DataError(
+            "a column of obs has the same name as the index, and other values",
+            got=repr(title),
+            fix="`obs.index.name = None`",
         )
     if ending == ".h5mu" and obs.index.has_duplicates:
         raise DataError(
@@ -132,7 +147,7 @@ def find_levels(
     for covariate, column in chosen.items():
         n_disputed = 0
         for values in (frame[column] for frame in frames if column in frame):
-            pairs = [*zip(levels[covariate], _write_names(values), strict=True)]
+            pairs = [*zip(levels[covariate], name_values(values), strict=True)]
             n_disputed += sum(bool(name and text and name != text) for name, text in pairs)
             levels[covariate] = [name or text for name, text in pairs]
         if n_disputed:
@@ -179,12 +194,14 @@ def _choose_columns(
     return chosen
 
 
-def _write_names(values: pd.Series) -> Iterator[str]:
-    """Values as a store names them: 1.0 is the same as 1, and what is missing is ""."""
-    for value in values:
-        if pd.isna(value):
-            yield ""
-        elif isinstance(value, float) and value.is_integer():
-            yield str(int(value))
-        else:
-            yield str(value)
+def name_values(values: pd.Series) -> np.ndarray:
+    """Name the values of a column as a store does, (N,) texts; what is missing is ""."""
+    codes, found = pd.factorize(values)
+    return np.array([*map(name_value, found), ""], object)[codes]  # -1, missing, is the last
+
+
+def name_value(value: object) -> str:
+    """Name a value as a store does: 1.0 is the same as 1, as of integers of which some lack."""
+    if isinstance(value, (float, np.floating)) and value.is_integer():
+        return str(int(value))
+    return str(value)

@@ -13,7 +13,8 @@ import pandas as pd
 
 from clue_dist.errors import ConfigError
 from clue_dist.inference.answer_files import PROVENANCE_KEY
-from clue_dist.inference.embed import KEY
+from clue_dist.inference.cells.memory_obs import name_values
+from clue_dist.inference.embed import KEY, OBSERVED_COLUMN
 from clue_dist.process import silence_mudata
 
 MOST_PROFILES = 10_000
@@ -53,7 +54,7 @@ class Profiles:
 
 @dataclass(frozen=True)
 class EmbeddedFile:
-    """What a file of `launch/embed.py` holds; of many cells a random part."""
+    """What a file of `clue embed` holds; of many cells a random part."""
 
     joint: Profiles | None  # z from everything observed
     alone: Profiles | None  # z from each modality
@@ -83,7 +84,7 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Embed
     """Read the embeddings of a file.
 
     Args:
-        path: an output of `launch/embed.py`.
+        path: an output of `clue embed`.
         most: so many profiles at most of either kind, drawn at random.
         seed: seed of the draws.
 
@@ -177,7 +178,7 @@ def _read_anndata(path: Path) -> _Table:
     every_cell = np.arange(adata.n_obs)
     if KEY in adata.obsm:
         latents[ALL_OBSERVED] = _Latent(np.asarray(adata.obsm[KEY]), every_cell, every_cell)
-    pattern = _read_names(adata.obs, "clue_modalities", every_cell)
+    pattern = _read_names(adata.obs, OBSERVED_COLUMN, every_cell)
     if is_observed:
         pattern = _name_patterns(is_observed)
     return _Table(adata.obs, latents, pattern, about)
@@ -208,5 +209,6 @@ def _read_names(obs: pd.DataFrame, column: str, cells: np.ndarray) -> np.ndarray
     """A column of obs as names of some cells, (n,), UNKNOWN where it says nothing."""
     if column not in obs:
         return np.full(len(cells), UNKNOWN, dtype=object)
-    values = obs[column].iloc[cells].astype(object)
-    return values.where(values.notna(), UNKNOWN).astype(str).to_numpy(dtype=object)
+    names = name_values(obs[column].iloc[cells])
+    names[names == ""] = UNKNOWN
+    return names
