@@ -21,6 +21,9 @@ from clue_dist.store.batch_vocabulary import BatchVocabulary
 
 OWN, AVERAGE = "own", "average"  # choices of a batch, beside the names of batches
 MEAN, LOWER, UPPER, SAMPLE = "X", "lower", "upper", "sample-"  # matrices of an answer
+# Units of an answer: those of counts, and that of real values.
+COUNTS, SHARES, LOG_SHARES = "counts", "counts per 10,000", "ln(1 + counts per 10,000)"
+VALUES = "values"
 # Draws of a cell and feature from which the interval is taken, or more where its share asks for
 # that. With 99 draws and the value itself the ranks of 90% lie exactly between two draws.
 INTERVAL_DRAWS = 99

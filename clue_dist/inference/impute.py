@@ -22,10 +22,14 @@ from clue_dist.inference.cells import Cells, CellSlice, MemoryCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.imputation_question import (
+    COUNTS,
+    LOG_SHARES,
     LOWER,
     MEAN,
     SAMPLE,
+    SHARES,
     UPPER,
+    VALUES,
     ImputationChoices,
     ImputationQuestion,
     plan_interval,
@@ -67,7 +71,8 @@ def impute_cells(
 
     Returns:
         One row for each cell: means in X; `lower`, `upper` and `sample-0`, ... in layers, where
-        they are asked for; NaN for cells without counts.
+        they are asked for. Cells without counts get NaN, and zeros where `threshold` makes the
+        matrices sparse.
 
     Raises:
         ConfigError: a modality, feature or batch that the model does not know.
@@ -149,17 +154,16 @@ def build_answer(
     question: ImputationQuestion, obs: pd.DataFrame, matrices: dict[str, Any], run: Path | str
 ) -> ad.AnnData:
     """Put matrices together; `uns["clue_dist"]` says what made them."""
-    choices = question.choices
-    unit = "values"
+    choices, unit = question.choices, VALUES
     if question.has_counts:
-        unit = "counts per 10,000" if choices.library_size is None else "counts"
+        unit = SHARES if choices.library_size is None else COUNTS
     uns = {
         "run": str(run),
         "checkpoint": question.trained_model.name,
         "modality": choices.modality,
         "from": list(question.sources),
         "batch": dict(choices.batch) if isinstance(choices.batch, Mapping) else choices.batch,
-        "unit": "ln(1 + counts per 10,000)" if choices.log1p else unit,
+        "unit": LOG_SHARES if choices.log1p else unit,
         "library_size": "" if choices.library_size is None else choices.library_size,
         "interval": 0.0 if choices.interval is None else choices.interval,
         "threshold": 0.0 if choices.threshold is None else choices.threshold,

@@ -52,7 +52,7 @@ def check_output_format(out: Path, formats: Sequence[str]) -> None:
         raise ConfigError(
             "the output's ending says its format",
             where=f"--out {out}",
-            got=out.suffix,
+            got=out.suffix or "no ending",
             expected=" or ".join(formats),
         )
     if out.suffix == ".parquet" and not any(map(find_spec, _PARQUET_PACKAGES)):

@@ -26,6 +26,7 @@ JOINT_SCORES = "joint"  # the entry of scores.json about z from everything obser
 SCALES = "foscttm: 0 is perfect, lower is better; match, recall10: 1 is perfect, higher is better"
 # Entries of a pair that hold FOSCTTM alone, and how many cells it is of.
 CONTROLS = WITHIN_TYPE, WITHOUT_DEPTH = ("within_type", "without_depth")
+MIXING_SCORES = ("mixing", "mixing_ilisi", "transfer")
 JOINT_TITLES = {
     "ilisi": "iLISI of batches",
     "ilisi_random": "of batches dealt at random",
@@ -78,6 +79,22 @@ def list_score_rows(
             if "global" in directed:
                 scores = _compare_scores(directed["global"], {})
                 yield direction, "global", entry["cells"], scores
+
+
+def list_mixing_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, int, list[float | None]]]:
+    """List how the profiles of two modalities mix, pair by pair.
+
+    Args:
+        result: the content of scores.json; that of an early version has nothing of it.
+
+    Yields:
+        The pair as "rna-adt"; how many cells were looked at; and by MIXING_SCORES the numbers, None
+        where one is not known.
+    """
+    for name, entry in select_unordered_pairs(result).items():
+        if "mixing" in entry:
+            numbers = [entry.get(score) for score in MIXING_SCORES]
+            yield name.replace("->", "-"), entry["mixing_cells"], numbers
 
 
 def _compare_scores(scores: Mapping[str, Any], chance: Mapping[str, Any]) -> dict[str, Comparison]:

@@ -15,15 +15,15 @@ from anndata.utils import make_index_unique
 
 from clue_dist.errors import ConfigError
 from clue_dist.inference.answer_files import PROVENANCE_KEY
+from clue_dist.inference.imputation_question import COUNTS, LOG_SHARES, LOWER, UPPER, VALUES
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.report.profiles import UNREADABLE
+from clue_dist.model.imputation import PER_TEN_THOUSAND
 from clue_dist.store.reader import Store
 
 MOST_COMPARED_CELLS = 3_000  # drawn at random
 MOST_FEATURES = 2_000  # the ones with the most counts
 _SHOWN_FEATURES, _SHOWN_CELLS = 30, 400  # of which the page has the values
-_LOG_UNIT = "ln(1 + counts per 10,000)"
-_PER_TEN_THOUSAND = 1e4
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _compare_values(
     matched: _Matched, about: dict[str, Any]
 ) -> tuple[list[tuple[str, str]], list[FeatureComparison]]:
     """Scores over all features and cells, and features with their values."""
-    logs = about["unit"] not in (_LOG_UNIT, "values")
+    logs = about["unit"] not in (LOG_SHARES, VALUES)
     imputed, measured = (
         np.log1p(np.maximum(values, 0)) if logs else values
         for values in (_to_dense(matched.imputed.X), matched.truth)
@@ -100,8 +100,8 @@ def _compare_values(
         ("RMSE", f"{np.sqrt(np.mean((imputed - measured) ** 2)):.4f}"),
     ]
     layers = matched.imputed.layers
-    if {"lower", "upper"} <= set(layers):
-        low, high = (_to_dense(layers[name]) for name in ("lower", "upper"))
+    if {LOWER, UPPER} <= set(layers):
+        low, high = (_to_dense(layers[name]) for name in (LOWER, UPPER))
         inside = (matched.truth >= low) & (matched.truth <= high)
         title = f"inside the {100 * float(about.get('interval', 0)):g}% intervals"
         facts.append((title, f"{inside.mean():.4f}"))
@@ -212,11 +212,11 @@ def _scale_counts(counts: np.ndarray, library: np.ndarray, about: dict[str, Any]
     """Counts in the unit of the imputed values."""
     unit, size = about["unit"], about.get("library_size", "")
     # A word instead of a size, "own", leaves each cell its own.
-    if unit == "values" or (unit == "counts" and isinstance(size, str)):
+    if unit == VALUES or (unit == COUNTS and isinstance(size, str)):
         return counts
-    scale = float(size) if unit == "counts" else _PER_TEN_THOUSAND
+    scale = float(size) if unit == COUNTS else PER_TEN_THOUSAND
     shares = counts * (scale / np.maximum(library, 1))
-    return np.log1p(shares) if unit == _LOG_UNIT else shares
+    return np.log1p(shares) if unit == LOG_SHARES else shares
 
 
 def _select_features(
@@ -239,7 +239,7 @@ def _select_features(
 
 
 def _name_scale(unit: str) -> str:
-    return unit if unit in (_LOG_UNIT, "values") else f"ln(1 + {unit})"
+    return unit if unit in (LOG_SHARES, VALUES) else f"ln(1 + {unit})"
 
 
 def _format_median(values: np.ndarray) -> str:

@@ -44,10 +44,10 @@ from clue_dist.inference.score_tables import (
     JOINT_SCORES,
     format_score,
     list_joint_scores,
+    list_mixing_rows,
     list_score_rows,
     list_warnings,
     read_scores,
-    select_unordered_pairs,
 )
 from clue_dist.metrics.matching import METRICS
 
@@ -219,14 +219,11 @@ def _tabulate_scores(scores: Section) -> dict[str, Any]:
     ]
     mixing = [
         {
-            "pair": name.replace("->", "-"),
-            "cells": f"{entry['mixing_cells']:,}",
-            "numbers": [
-                format_score(entry.get(key), "") for key in ("mixing", "mixing_ilisi", "transfer")
-            ],
+            "pair": pair,
+            "cells": f"{n_cells:,}",
+            "numbers": [format_score(number, "") for number in numbers],
         }
-        for name, entry in select_unordered_pairs(scores).items()
-        if "mixing" in entry
+        for pair, n_cells, numbers in list_mixing_rows(scores)
     ]
     joint, about = scores.get(JOINT_SCORES) or {}, scores.get("about", {})
     return {

@@ -14,8 +14,8 @@ from clue_dist.inference.report.panels import read_metrics
 from clue_dist.inference.score_tables import (
     JOINT_SCORES,
     JOINT_TITLES,
+    list_mixing_rows,
     list_score_rows,
-    select_unordered_pairs,
 )
 from clue_dist.metrics.matching import METRICS
 
@@ -73,12 +73,7 @@ def build_tables(sections: Mapping[str, Section]) -> dict[str, TableContent]:
         for pair, scope, n_cells, row in list_score_rows(scores)
     ]
     tables["matching"] = ["pair", "among", "cells", *METRICS], matching
-    mixing = [
-        [name.replace("->", "-"), entry["mixing_cells"], entry["mixing"]]
-        + [entry.get(key) for key in ("mixing_ilisi", "transfer")]
-        for name, entry in select_unordered_pairs(scores).items()
-        if "mixing" in entry
-    ]
+    mixing = [[pair, n_cells, *numbers] for pair, n_cells, numbers in list_mixing_rows(scores)]
     tables["mixing"] = ["pair", "cells", "mixing", "ilisi", "label transfer"], mixing
     labels = [
         [found["queries"], found["keys"], true_label, label, found["counts"][i][j]]
@@ -101,9 +96,11 @@ def list_summary(sections: Mapping[str, Section]) -> dict[str, float]:
         for metric, (value, _) in row.items()
         if value is not None
     }
-    for name, entry in select_unordered_pairs(scores).items():
-        if entry.get("mixing") is not None:
-            summary[f"test/mixing/{name.replace('->', '-')}"] = entry["mixing"]
+    summary |= {
+        f"test/mixing/{pair}": mixing
+        for pair, _, (mixing, *_) in list_mixing_rows(scores)
+        if mixing is not None
+    }
     joint = scores.get(JOINT_SCORES) or {}
     known = {name: joint[name] for name in JOINT_TITLES if joint.get(name) is not None}
     return summary | {f"test/joint/{name}": value for name, value in known.items()}
