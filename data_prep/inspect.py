@@ -13,7 +13,7 @@ from clue_dist.store import svd
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import SegmentReader, Store
 
-_SHOWN = 12  # batches, labels and inputs that are printed before "... and N more"
+_SHOWN = 12  # batches, labels, kept columns and inputs that are printed before "... and N more"
 _STEP_BLOCKS = 4096  # whose lengths of rows are read at once
 
 
@@ -53,6 +53,10 @@ def collect_facts(root: str | Path) -> dict[str, Any]:
         "batches": _count_cells(manifest, "batch"),
         **({"covariates": covariates} if (covariates := _count_levels(manifest)) else {}),
         "labels": _count_cells(manifest, "label"),
+        "kept_columns": {
+            name: {"kind": column.kind, "categories": len(column.categories)}
+            for name, column in manifest.obs_columns.items()
+        },
         "svd": {
             name: {
                 "components": note.components,
@@ -145,6 +149,8 @@ def format_facts(facts: dict[str, Any]) -> str:
         for name, levels in facts.get("covariates", {}).items() if title == "batches" else ():
             shares = [f"{level} {n_cells:,}" for level, n_cells in levels.items() if n_cells]
             lines.append(f"  {name:<12} {list_names(shares, _SHOWN)}")
+    if kept := [_describe_column(*column) for column in facts["kept_columns"].items()]:
+        lines.append(f"{'kept columns':<12} {list_names(kept, _SHOWN)}")
     for name, note in facts["svd"].items():
         result = f"{note['components']} components of {note['cells']:,} cells, {note['normalise']}"
         lines.append(f"{'svd':<12} {name}: {result}")
@@ -153,6 +159,14 @@ def format_facts(facts: dict[str, Any]) -> str:
     for addition in provenance.get("appended", []):
         lines += _format_provenance(addition, "added")
     return "\n".join(lines)
+
+
+def _describe_column(name: str, column: dict[str, Any]) -> str:
+    """Say what a kept column of obs holds."""
+    if column["kind"] != "category":
+        return f"{name} ({column['kind']})"
+    n_categories = column["categories"]
+    return f"{name} ({n_categories:,} {'category' if n_categories == 1 else 'categories'})"
 
 
 def _format_provenance(notes: dict[str, Any], title: str) -> list[str]:

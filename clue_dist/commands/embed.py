@@ -16,7 +16,8 @@ def main() -> None:
     parser.add_argument(
         "--like",
         metavar="[DATASET:]FILE",
-        help="give the embedding the barcodes and the order of this file (.h5ad, .zarr)",
+        help="give the embedding the barcodes and the order of this file, one of cells or a text "
+        "with a barcode on each line; --out is then an .h5ad or .zarr",
     )
     arguments = parser.parse_args()
 

@@ -17,6 +17,7 @@ from clue_dist.inference.file_order import restore_file_order
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells, share_cells
+from data_prep import inspect
 from data_prep.append import append_cells
 from data_prep.check import check_store
 from data_prep.cli.commands import main
@@ -76,6 +77,13 @@ def test_every_column_comes_out_with_its_type_and_its_missing_values(store: Stor
         assert (obs[name].isna() == expected.isna()).all(), name
         known = expected.notna()
         assert obs[name][known].tolist() == expected[known].tolist(), name
+
+
+def test_inspect_names_the_columns_that_a_store_keeps(store: Store) -> None:
+    text = inspect.format_facts(inspect.collect_facts(store.root))
+    line = next(line for line in text.splitlines() if line.startswith("kept columns"))
+    for fact in ("age (integer)", "donor (2 categories)", "share (number)", "smoker (boolean)"):
+        assert fact in line
 
 
 def test_kept_columns_are_part_of_the_store(store: Store, tmp_path: Path) -> None:
