@@ -95,7 +95,7 @@ def test_layers_that_may_hold_the_counts_are_named():
     table = make_table()
     table.layers["counts"], table.raw = table.X.copy(), table
     table.X = table.X * 0.5
-    with pytest.raises(DataError, match=r"names the layer with them, of counts, raw\.X"):
+    with pytest.raises(DataError, match=r"the layer with them \(there are counts, raw\.X\)"):
         open_cells(table, LOADED)
     np.testing.assert_array_equal(read_all(table, layer="counts")["rna"], make_table().X.toarray())
 

@@ -160,7 +160,7 @@ class AlignedCounts:
         elif not self.has_real_values:
             fix = "give the raw counts, not normalised values: `layer=` names the layer with them"
             if self.other_layers:
-                fix += f", of {list_names(self.other_layers)}"
+                fix += f" (there are {list_names(self.other_layers)})"
         cell, feature = self.cell_names[row], self.feature_names[column]
         make_error = make_real_value_error if self.has_real_values else make_count_error
         return make_error(f"{self.where}, cell {cell!r}, feature {feature!r}", value, fix)
