@@ -204,11 +204,13 @@ def _describe_model(
         yield f"| {modality} | {part.kind} | {part.n_features:,} | {first} |"
     yield ""
     yield f"Batches ({len(card.batches)}): {list_names(card.batches, 20) or 'none'}."
+    if card.batch_covariates:
+        yield ""  # without which Markdown sees no list
     for covariate in card.batch_covariates:
         levels = card.batch_vocabulary.list_levels(covariate)
         yield f"- {covariate} ({len(levels)}): {list_names(levels, 20)}"
     if card.labels:  # runs of earlier versions do not name them
-        yield f"Labels ({len(card.labels)}): {list_names(card.labels, 40)}."
+        yield from ("", f"Labels ({len(card.labels)}): {list_names(card.labels, 40)}.")
         yield "Training does not see labels."
     yield from ("", "## Model", "")
     yield f"{n_parameters:,} numbers of float32; {config.model.latent} dimensions of z for each"

@@ -118,6 +118,16 @@ def test_the_card_says_what_a_stranger_asks(run: Path, tmp_path: Path) -> None:
     assert read_model_card(run).labels == ["type-0", "type-1", "type-2"]
 
 
+def test_the_card_lists_the_levels_of_covariates_as_a_list(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    content = json.loads((run / "model.json").read_text())
+    content["batch_covariates"] = {"donor": ["d0", "d1"], "chemistry": ["v2", "v2"]}
+    (tmp_path / "run" / "model.json").write_text(json.dumps(content))
+    export_run(tmp_path / "run", tmp_path / "shared")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "batch-1.\n\n- donor (2): d0, d1\n- chemistry (1): v2\n\nLabels (3)" in card
+
+
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "notes.json").write_text("[]")
