@@ -158,9 +158,10 @@ def _match_values(
     found = places.index.intersection(answer.obs_names, sort=False)
     if len(found) < 2:
         raise ConfigError(
-            "the store does not have the cells that were imputed",
+            "the store has too few of the cells that were imputed",
             where=f"--truth {store.root}",
             got=f"{len(found)} of {answer.n_obs:,} barcodes of {path.name} with {modality}",
+            expected="2 or more",
             fix="name the store whose cells were imputed, with the modality measured",
         )
     draws = np.random.default_rng(0)
