@@ -159,7 +159,9 @@ partners.sort_values("confidence", ascending=False).head()
 # ## Transfer cell types
 #
 # `transfer` gives labels of a reference to other cells, here from the RNA of the training cells to
-# the proteins of the test cells. Cells unlike all of the reference are called "unknown".
+# the proteins of the test cells. Cells unlike all of the reference are called "unknown". A warning
+# says that no labelled cell has proteins, so that `confidence` is that of RNA; with `train` instead
+# of `train["rna"]` it is calibrated.
 
 # %%
 labels = run.transfer(train["rna"], test["adt"], "cell_type")
