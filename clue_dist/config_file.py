@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     try:
         if not path.is_file():
-            path = _find_recipe(path)
+            path = find_recipe(path)
         tree = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError("the config file cannot be read", where=path, got=error) from None
@@ -68,17 +68,17 @@ def parse_config(tree: dict[str, Any], where: object, overrides: list[str] | Non
         raise _make_validation_error(error, where, given) from None
 
 
-def _find_recipe(name: Path) -> Path:
+def find_recipe(name: Path, ending: str = ".json") -> Path:
     """Find the file of a recipe that is given by its name, with or without the ending.
 
     Raises:
         ConfigError: there is no such recipe.
     """
-    recipe = RECIPES / f"{name.stem}.json"
-    if name.name != str(name) or name.suffix not in ("", ".json") or not recipe.is_file():
-        names = sorted(path.stem for path in RECIPES.glob("*.json"))
+    recipe = RECIPES / f"{name.stem}{ending}"
+    if name.name != str(name) or name.suffix not in ("", ending) or not recipe.is_file():
+        names = sorted(path.stem for path in RECIPES.glob(f"*{ending}"))
         raise ConfigError(
-            "the config file does not exist",
+            "the config file does not exist" if ending == ".json" else "the file does not exist",
             where=name,
             expected=f"a file, or a recipe: {list_names(names)}",
         )
@@ -129,8 +129,12 @@ def _flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one value of a tree that is not checked yet."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """Read `dotted.path=value`, as `--set` takes it: the path, and the value, JSON or else text.
+
+    Raises:
+        ConfigError: it has no path, or no value.
+    """
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(
@@ -139,9 +143,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             expected="for example --set train.lr=1e-4",
         )
     try:
-        value = json.loads(text)
+        return dotted, json.loads(text)
     except (ValueError, RecursionError):
-        value = text
+        return dotted, text
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one value of a tree that is not checked yet."""
+    dotted, value = parse_override(override)
     *parents, last = dotted.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

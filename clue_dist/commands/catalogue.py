@@ -52,7 +52,7 @@ COMMANDS = {
     "sweep": CommandEntry(
         TRAINING,
         "Search hyperparameters, without a server.",
-        "clue sweep configs/sweep.yaml --out runs/sweep",
+        "clue sweep sweep --set store=S.zarr --out runs/sweep",
         takes_ranks=False,
     ),
     "fine-tune": CommandEntry(

@@ -16,16 +16,31 @@ def main() -> None:
         "Reads what `wandb sweep` reads, but needs no server. The same command typed again goes on "
         "where it was stopped; it ends with a table.",
     )
-    parser.add_argument("plan", type=parse_path, help="what to try, as configs/sweep.yaml does")
+    parser.add_argument(
+        "plan",
+        type=parse_path,
+        help="what to try, as configs/sweep.yaml does, which `sweep` names in any folder",
+    )
     parser.add_argument("--out", type=parse_path, required=True, help="folder of the runs")
     parser.add_argument("--trials", type=int, help="the most trials (default: run_cap of the plan)")
     parser.add_argument("--seed", type=int, default=0, help="of a random search (default: 0)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings that all trials share, as store=S.zarr",
+    )
     arguments = parser.parse_args()
     Ranks.from_environment().require_alone("a search starts the ranks of its runs itself")
 
     from clue_dist.train.sweep import run_sweep
 
-    results = run_sweep(arguments.plan, arguments.out, arguments.trials, arguments.seed)
+    results = run_sweep(
+        arguments.plan, arguments.out, arguments.trials, arguments.seed, arguments.overrides
+    )
     statuses = {result.status for result in results}
     sys.exit(STOPPED if "stopped" in statuses else int("finished" not in statuses))
 

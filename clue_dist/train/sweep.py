@@ -56,6 +56,7 @@ def run_sweep(
     out: Path,
     n_trials: int | None = None,
     seed: int = 0,
+    overrides: Sequence[str] = (),
     announce: Callable[[str], None] = print_line,
 ) -> list[TrialResult]:
     """Train one run for each trial of a search, and write a table of all.
@@ -64,10 +65,11 @@ def run_sweep(
     last checkpoint. One that fails does not end the search; it is tried again by the next call.
 
     Args:
-        path: the search, see configs/sweep.yaml.
+        path: the search, as `read_sweep_plan` takes it.
         out: folder of the runs, of their output (`NAME.log`) and of the table.
         n_trials: the most trials, in place of `run_cap`.
         seed: seed of a random search.
+        overrides: settings that all trials share, as `read_sweep_plan` takes them.
         announce: takes a line for each trial, and the table.
 
     Returns:
@@ -77,7 +79,7 @@ def run_sweep(
         ConfigError: a search that cannot be made.
         StoreError: the folder cannot be written.
     """
-    plan = read_sweep_plan(path)
+    plan = read_sweep_plan(path, overrides)
     trials = list_trials(plan, n_trials, seed)
     with translate_disk_errors(out, "make room, or choose another --out", every=True):
         out.mkdir(parents=True, exist_ok=True)

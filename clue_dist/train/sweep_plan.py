@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from clue_dist.config_file import RECIPES
+from clue_dist.config_file import RECIPES, find_recipe, parse_override
 from clue_dist.errors import ConfigError
 from clue_dist.number_checks import require_number
 
@@ -150,18 +150,24 @@ class SweepTrial:
     run_id: str  # follows from command and parameters alone: the same trial has the same id
 
 
-def read_sweep_plan(path: Path) -> SweepPlan:
+def read_sweep_plan(path: Path, overrides: Sequence[str] = ()) -> SweepPlan:
     """Read what a search tries.
 
     Args:
-        path: a file as `wandb sweep` takes it, see configs/sweep.yaml.
+        path: a file as `wandb sweep` takes it, see configs/sweep.yaml; or `sweep`, which is that
+            file.
+        overrides: `dotted.path=value` each, as `--set` takes them: settings that all trials share,
+            in place of what the file says of them.
 
     Raises:
         ConfigError: the file cannot be read, is no such file, or needs wandb's server.
     """
+    path = path if path.is_file() else find_recipe(path, EXAMPLE_PLAN.suffix)
+    shared = {name: {"value": value} for name, value in map(parse_override, overrides)}
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return SweepPlan.model_validate(tree)
+        plan = SweepPlan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        same = {name: SweepParameter.model_validate(value) for name, value in shared.items()}
+        return plan.model_copy(update={"parameters": plan.parameters | same})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -121,10 +121,13 @@ def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="the sweep cannot be understood"):
             read_sweep_plan(path)
     path.write_text("{")
-    for name in ("sweep.yaml", "nowhere.yaml"):
-        with pytest.raises(ConfigError, match="the sweep cannot be read") as refusal:
-            read_sweep_plan(tmp_path / name)
-        assert Path(str(refusal.value.fix).removeprefix("see ")).is_file()
+    with pytest.raises(ConfigError, match="the sweep cannot be read") as refusal:
+        read_sweep_plan(path)
+    assert Path(str(refusal.value.fix).removeprefix("see ")).is_file()
+    with pytest.raises(ConfigError, match=r"does not exist[\s\S]*or a recipe: sweep"):
+        read_sweep_plan(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"--set wants dotted\.path=value"):
+        read_sweep_plan(Path("sweep"), ["store"])
     with pytest.raises(ConfigError, match="unknown macro"):
         expand_command(make_plan(command=["${nothing}"]), {})
 
@@ -164,6 +167,16 @@ def test_the_sweep_of_the_recipes_sets_what_training_reads(monkeypatch: pytest.M
         assert config.run == "b"
         assert config.train.lr == trial.parameters["train.lr"]
         assert config.model.latent == trial.parameters["model.latent"]
+
+
+def test_a_search_is_found_by_its_name_and_takes_what_its_trials_share() -> None:
+    plan = read_sweep_plan(Path("sweep"), ["store=S.zarr", "train.lr=0.01", "train.epochs=3"])
+    assert plan.varied == [
+        name for name in read_sweep_plan(ROOT / "configs/sweep.yaml").varied if name != "train.lr"
+    ]
+    for trial in list_trials(plan, 3):
+        shared = {name: trial.parameters[name] for name in ("store", "train.lr", "train.epochs")}
+        assert shared == {"store": "S.zarr", "train.lr": 0.01, "train.epochs": 3}
 
 
 @pytest.fixture
