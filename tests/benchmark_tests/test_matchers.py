@@ -31,3 +31,7 @@ def test_the_best_matcher_is_judged_against_one_neighbour():
     assert (gain["value"], gain["holds"]) == (pytest.approx(1.3), True)
     (gain,) = benchmark.judge([record for record in records if record["method"] != BASE])
     assert gain["holds"] is None
+
+
+def test_no_matcher_has_packages_of_its_own():
+    assert Matchers(["--json", "out.json", "--sets", SET]).list_extras() == {}

@@ -19,7 +19,7 @@ from tests.benchmarks import mosaic, scores
 from tests.benchmarks.kept import compute_digest
 from tests.benchmarks.matching import Matching
 from tests.benchmarks.report import Result
-from tests.benchmarks.runner import Case, Option, Run
+from tests.benchmarks.runner import Benchmark, Case, Option, Run
 from tests.distributed.command import ROOT
 
 BASE = "neighbour"  # eq. 16 of one neighbour: what `matching` calls the matching score
@@ -43,6 +43,7 @@ class Matchers(Matching):
         "methods": Option([*MATCHERS], [*MATCHERS], "", MATCHERS),
     }
     columns = ("match", "match_within_batch")
+    list_extras = Benchmark.list_extras  # no peers
 
     def list_cases(self) -> list[Case]:
         args = self.args
