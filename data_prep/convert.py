@@ -26,7 +26,7 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.writer import commit_store, create_store
 from data_prep.conversion import scatter
 from data_prep.conversion.cells import CellTable
-from data_prep.conversion.counts import find_largest_rounding
+from data_prep.conversion.counts import SourceReading, find_largest_rounding
 from data_prep.conversion.gather import gather_shards
 from data_prep.conversion.kept_obs import plan_kept_columns, write_kept_values
 from data_prep.conversion.strata import FinalStrata, build_manifest, count_unknown, settle_strata
@@ -116,9 +116,12 @@ def build_store(
 
     # First pass, after one or two more over the modalities whose features are chosen by cells.
     scatter.prepare_sources(sources, work, pool)
-    refuse_equal_modalities(planned.plan_readings(options, work), planned.plan)
-    planned, selected = _select_features(planned, options, work, pool)
-    plan, readings = planned.plan, planned.plan_readings(options, work)
+    readings = planned.plan_readings(options, work)
+    refuse_equal_modalities(readings, planned.plan)
+    planned, selected = _select_features(planned, readings, options, work, pool)
+    if selected:
+        readings = planned.plan_readings(options, work)
+    plan = planned.plan
     spools = scatter.scatter_rows(readings, work / "spools", pool)
 
     # Second pass, once it is known what every cell takes.
@@ -134,11 +137,15 @@ def build_store(
 
 
 def _select_features(
-    planned: PlannedCells, options: ConversionOptions, work: Path, pool: WorkerPool
+    planned: PlannedCells,
+    readings: Sequence[SourceReading],
+    options: ConversionOptions,
+    work: Path,
+    pool: WorkerPool,
 ) -> tuple[PlannedCells, dict[str, SelectedFeatures]]:
     """The plan with the features that are kept, and how they were chosen, by modality."""
     selected = select_variable_features(
-        planned.plan_readings(options, work),
+        readings,
         planned.plan,
         planned.cells,
         options.feature_choices,
