@@ -78,7 +78,7 @@ def find_recipe(name: Path, ending: str = ".json") -> Path:
     if name.name != str(name) or name.suffix not in ("", ending) or not recipe.is_file():
         names = sorted(path.stem for path in RECIPES.glob(f"*{ending}"))
         raise ConfigError(
-            "the config file does not exist" if ending == ".json" else "the file does not exist",
+            "the file does not exist",
             where=name,
             expected=f"a file, or a recipe: {list_names(names)}",
         )

@@ -27,10 +27,7 @@ def sum_log_zeros(rate: Tensor, r: Tensor, library: Tensor) -> Tensor:
 
 
 class _SumOfLogZeros(torch.autograd.Function):
-    """As torch's own operations have it, in two fifths of the time.
-
-    All features of all cells are scored here, of which few are not zero.
-    """
+    """As torch's own operations have it, in fewer passes over all features of all cells."""
 
     @staticmethod
     def forward(ctx: Any, rate: Tensor, r: Tensor, library: Tensor) -> Tensor:

@@ -163,11 +163,13 @@ def read_sweep_plan(path: Path, overrides: Sequence[str] = ()) -> SweepPlan:
         ConfigError: the file cannot be read, is no such file, or needs wandb's server.
     """
     path = path if path.is_file() else find_recipe(path, EXAMPLE_PLAN.suffix)
-    shared = {name: {"value": value} for name, value in map(parse_override, overrides)}
     try:
         plan = SweepPlan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        same = {name: SweepParameter.model_validate(value) for name, value in shared.items()}
-        return plan.model_copy(update={"parameters": plan.parameters | same})
+        shared = {
+            name: SweepParameter.model_validate({"value": value})
+            for name, value in map(parse_override, overrides)
+        }
+        return plan.model_copy(update={"parameters": plan.parameters | shared})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
