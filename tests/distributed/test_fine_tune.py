@@ -13,7 +13,7 @@ from clue_dist.api.trained_run import Run, load
 from clue_dist.errors import ConfigError
 from data_prep.simulate import SimulationSpec, build_mudata, parse_features
 from tests.distributed.command import alone
-from tests.unit.test_api import SMALL
+from tests.unit.fit_helpers import SMALL
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_ranks
-from tests.unit.test_api import SMALL, make_mudata
+from tests.unit.fit_helpers import SMALL, make_mudata
 
 pytestmark = pytest.mark.slow
 
