@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from clue_dist.inference.cells import Cells, CellSource, open_cells
+from clue_dist.inference.cells import ArgumentNames, CellSource, open_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
 from clue_dist.inference.output_files import check_table_path, parse_output
@@ -21,6 +22,9 @@ from clue_dist.inference.transfer import label_cells, write_labels
 from clue_dist.neighbours.label_transfer import TransferSettings
 from clue_dist.neighbours.partner_settings import PartnerMethod, PartnerSettings
 from clue_dist.ranks import run_on_first_rank
+
+# `match` is asked of several modalities, so no argument says which one an AnnData holds.
+_OF_MATCH = ArgumentNames(modality="", instead='a MuData says it: `mudata.MuData({"rna": adata})`')
 
 
 class ComparisonMethods:
@@ -89,22 +93,27 @@ class ComparisonMethods:
         """
         settings = PartnerSettings(method, n_partners, approximate=approximate)
         path = parse_output(out, check_pairs_path)
-        reading = {
+        reading: dict[str, Any] = {
             "layer": layer,
             "feature_ids": feature_ids,
             "batch_key": batch_key,
             "min_known": min_known,
         }
-        known_reading = reading | _choose_reading(reading, reference_layer, reference_feature_ids)
         paired = None
         if calibrate_on is not None:  # whose batches do not matter
-            paired = self._open_cells(calibrate_on, reading | {"batch_key": None})
+            paired = open_cells(
+                calibrate_on, self.trained_model, _OF_MATCH, **reading | {"batch_key": None}
+            )
+        known = None
+        if reference is not None:
+            differing = {"layer": reference_layer, "feature_ids": reference_feature_ids}
+            known = self._open_reference(reference, _OF_MATCH, reading, differing)
         matched = match_cells(
             self.trained_model,
-            self._open_cells(cells, reading),
+            open_cells(cells, self.trained_model, _OF_MATCH, **reading),
             first,
             second,
-            reference=None if reference is None else self._open_reference(reference, known_reading),
+            reference=known,
             settings=settings,
             within_batch=within_batch,
             calibrate_on=paired,
@@ -158,16 +167,24 @@ class ComparisonMethods:
         """
         settings = TransferSettings(n_neighbours, kept, least_confidence)
         path = parse_output(out, check_table_path)
-        reading = {"layer": layer, "feature_ids": feature_ids, "min_known": min_known}
+        reading: dict[str, Any] = {
+            "layer": layer,
+            "feature_ids": feature_ids,
+            "min_known": min_known,
+        }
         known = self._open_reference(
             reference,
-            {
-                **reading,
-                **_choose_reading(reading, reference_layer, reference_feature_ids),
-                "modality": reference_modality,
-            },
+            ArgumentNames(modality="reference_modality="),
+            {**reading, "modality": reference_modality},
+            {"layer": reference_layer, "feature_ids": reference_feature_ids},
         )
-        asked = self._open_cells(query, {**reading, "modality": query_modality})
+        asked = open_cells(
+            query,
+            self.trained_model,
+            ArgumentNames(modality="query_modality="),
+            modality=query_modality,
+            **reading,
+        )
         labels = label_cells(
             self.trained_model, known, asked, label_key, settings=settings, batch_size=batch_size
         )
@@ -175,26 +192,26 @@ class ComparisonMethods:
             run_on_first_rank(lambda: write_labels(labels, path))
         return labels
 
-    def _open_cells(self, source: CellSource, reading: Mapping[str, Any]) -> Cells:
-        """Open cells as `open_cells` does, with some of its arguments."""
-        return open_cells(source, self.trained_model, **reading)
-
     def _open_reference(
-        self, source: CellSource | ComparedCells | None, reading: Mapping[str, Any]
+        self,
+        source: CellSource | ComparedCells | None,
+        names: ArgumentNames,
+        reading: Mapping[str, Any],
+        differing: Mapping[str, Any],
     ) -> ComparedCells:
-        """Open reference cells; those of the model where none are named."""
+        """Open reference cells; those of the model where none are named.
+
+        They are read as the query is, but for what is not None in `differing`.
+        """
         if source is None:
             return self.reference
-        return open_reference(source, self.trained_model, **reading)
-
-
-def _choose_reading(
-    query: Mapping[str, Any],
-    layer: str | Mapping[str, str] | None,
-    feature_ids: str | Mapping[str, str] | None,
-) -> dict[str, Any]:
-    """Where counts and names of a reference lie: as those of the query, unless told otherwise."""
-    return {
-        "layer": query["layer"] if layer is None else layer,
-        "feature_ids": query["feature_ids"] if feature_ids is None else feature_ids,
-    }
+        # What nobody has said of the query is best said of the reference alone.
+        renamed = {
+            argument: f"reference_{argument}="
+            for argument, value in differing.items()
+            if value is not None or reading[argument] is None
+        }
+        chosen = {argument: value for argument, value in differing.items() if value is not None}
+        return open_reference(
+            source, self.trained_model, replace(names, **renamed), **{**reading, **chosen}
+        )

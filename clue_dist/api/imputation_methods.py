@@ -9,7 +9,7 @@ import anndata as ad
 import pandas as pd
 
 from clue_dist.inference.answer_files import check_answer_path
-from clue_dist.inference.cells import CellSource, find_source_file, open_cells
+from clue_dist.inference.cells import ArgumentNames, CellSource, find_source_file, open_cells
 from clue_dist.inference.differential import (
     DifferentialChoices,
     compare_groups,
@@ -20,6 +20,8 @@ from clue_dist.inference.impute import IMPUTATION_FORMATS, impute_cells, write_i
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import check_table_path, parse_output
 from clue_dist.ranks import Ranks, run_on_first_rank
+
+_ARGUMENTS = ArgumentNames(modality="cells_modality=")
 
 
 class ImputationMethods:
@@ -84,6 +86,7 @@ class ImputationMethods:
         opened = open_cells(
             cells,
             self.trained_model,
+            _ARGUMENTS,
             modality=cells_modality,
             layer=layer,
             feature_ids=feature_ids,
@@ -164,6 +167,7 @@ class ImputationMethods:
         opened = open_cells(
             cells,
             self.trained_model,
+            _ARGUMENTS,
             modality=cells_modality,
             layer=layer,
             feature_ids=feature_ids,

@@ -2,7 +2,11 @@
 
 import argparse
 
-from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.commands.model_arguments import (
+    build_model_parser,
+    name_file_arguments,
+    open_model_and_store,
+)
 from clue_dist.neighbours.partner_settings import PARTNER_METHODS, PartnerSettings
 from clue_dist.process import run_main
 
@@ -19,13 +23,16 @@ def main() -> None:
         trained_model, store, ranks = opened
 
         def match_store() -> None:
-            paired = arguments.calibrate_on and open_cells(arguments.calibrate_on, trained_model)
+            reading = {"min_known": arguments.min_known}
+            paired = arguments.calibrate_on and open_cells(
+                arguments.calibrate_on, trained_model, name_file_arguments(), **reading
+            )
             known = arguments.reference and open_reference(
-                arguments.reference, trained_model, min_known=arguments.min_known
+                arguments.reference, trained_model, name_file_arguments(), **reading
             )
             matched = match_cells(
                 trained_model,
-                open_cells(store, trained_model, min_known=arguments.min_known),
+                open_cells(store, trained_model, **reading),
                 arguments.first,
                 arguments.second,
                 reference=known,

@@ -16,6 +16,7 @@ from clue_dist.process import postpone_collections, print_error
 from clue_dist.ranks import Ranks
 
 if TYPE_CHECKING:
+    from clue_dist.inference.cells import ArgumentNames
     from clue_dist.inference.load_model import TrainedModel
     from clue_dist.store.reader import Store
 
@@ -123,6 +124,20 @@ def open_query_store(location: str, modalities: Sequence[str] | None, ranks: Ran
             f"left out: {format_count(n_left_out, 'cell')} without {list_names(modalities)}"
         )
     return view
+
+
+def name_file_arguments() -> ArgumentNames:
+    """Name what a command takes to read an .h5ad of counts that is given in place of a store."""
+    from clue_dist.inference.cells import ArgumentNames
+
+    return ArgumentNames(
+        modality="",
+        layer="",
+        feature_ids="",
+        min_known="--min-known ",
+        instead="convert the cells into a store, where that can be said: `clue prep convert "
+        "NAME=FILE --features-from RUN --out STORE`",
+    )
 
 
 @contextmanager

@@ -2,7 +2,11 @@
 
 import argparse
 
-from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.commands.model_arguments import (
+    build_model_parser,
+    name_file_arguments,
+    open_model_and_store,
+)
 from clue_dist.errors import format_count
 from clue_dist.process import run_main
 
@@ -25,7 +29,10 @@ def main() -> None:
                 known = open_own_reference(arguments.run, trained_model)
             else:
                 known = open_reference(
-                    arguments.reference, trained_model, min_known=arguments.min_known
+                    arguments.reference,
+                    trained_model,
+                    name_file_arguments(),
+                    min_known=arguments.min_known,
                 )
             labels = label_cells(
                 trained_model,

@@ -18,7 +18,8 @@ import pandas as pd
 from clue_dist.errors import ClueError, ConfigError, DataError, list_names
 from clue_dist.files import parse_path
 from clue_dist.inference.answer_files import PROVENANCE_KEY
-from clue_dist.inference.cells import Cells, CellSlice, CellSource, open_cells
+from clue_dist.inference.cells import ArgumentNames, Cells, CellSlice, CellSource, open_cells
+from clue_dist.inference.cells.argument_names import OPEN_CELLS
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.embed import KEY, OBSERVED_COLUMN, collect_embedding
@@ -28,6 +29,14 @@ from clue_dist.model.common_space import JOINT_FORMULA
 from clue_dist.store.reader import Store
 
 REFERENCE_FILE = "cells.h5ad"  # in the folder of a model
+# Cells that are to travel with a model are named alone, without a word on how to read them.
+_NO_ARGUMENTS = ArgumentNames(
+    modality="",
+    layer="",
+    feature_ids="",
+    min_known="",
+    instead="convert the cells into a store, or embed them into an .h5ad, where that can be said",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +78,10 @@ def embed_for_comparison(
 
 
 def open_reference(
-    source: CellSource | ReferenceCells, trained_model: TrainedModel, **reading: Any
+    source: CellSource | ReferenceCells,
+    trained_model: TrainedModel,
+    arguments: ArgumentNames = OPEN_CELLS,
+    **reading: Any,
 ) -> ComparedCells:
     """Open the cells that others are to be compared with.
 
@@ -77,6 +89,7 @@ def open_reference(
         source: cells, as `open_cells` takes them; or an .h5ad that `clue embed --per-modality` has
             written with this model.
         trained_model: the model.
+        arguments: what the caller calls those of `reading`, for messages.
         reading: how counts are read, see `open_cells`.
 
     Raises:
@@ -93,7 +106,7 @@ def open_reference(
         )
     if isinstance(source, (str, Path)) and _holds_embedding(source):
         return _index_cells(_read_embedding(source, trained_model), trained_model)
-    return open_cells(source, trained_model, **reading)
+    return open_cells(source, trained_model, arguments, **reading)
 
 
 def open_own_reference(folder: Path, trained_model: TrainedModel) -> ComparedCells:
@@ -133,7 +146,8 @@ def collect_reference(source: CellSource, trained_model: TrainedModel) -> ad.Ann
     if isinstance(source, (str, Path)) and _holds_embedding(source):
         table = _read_embedding(source, trained_model)
     else:
-        table = collect_embedding(trained_model, open_cells(source, trained_model), "")
+        cells = open_cells(source, trained_model, _NO_ARGUMENTS)
+        table = collect_embedding(trained_model, cells, "")
     require_writable_obs(table.obs, ".h5ad")
     keys = [KEY, *(f"{KEY}_{name}" for name in trained_model.modalities)]
     made = table.uns[PROVENANCE_KEY]

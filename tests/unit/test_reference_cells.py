@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -23,6 +24,7 @@ from clue_dist.inference.reference_cells import REFERENCE_FILE, ReferenceCells
 from clue_dist.store.reader import Store
 from tests.stores import make_store
 from tests.unit.run_helpers import commit_weights, make_run
+from tests.unit.test_cells_in_memory import read_mudata
 
 FEATURES = {"rna": 30, "adt": 8}
 CELLS = {"rna+adt": 70, "rna": 41, "adt": 20}
@@ -177,3 +179,69 @@ def test_the_commands_ask_the_cells_of_the_folder(
     pairs = pd.read_csv(tmp_path / "pairs.csv")
     found = shared.match(query, "rna", "adt", reference=shared.reference)
     assert list(pairs.partner) == list(found.partner)
+
+
+def refuse(ask: Callable[[], object]) -> str:
+    """What a person is told to do about cells that are refused."""
+    with pytest.raises(DataError) as raised:
+        ask()
+    assert raised.value.fix is not None
+    return raised.value.fix
+
+
+def test_advice_names_the_arguments_of_the_method_that_is_called(run: Run, query: Store) -> None:
+    known = read_mudata(query)["rna"]
+    strange, few = known.copy(), known[:, :9].copy()
+    strange.var_names = [f"gene-{i}" for i in range(strange.n_vars)]
+    normalised = known.copy()
+    normalised.X = normalised.X * 0.3
+    assert '`reference_modality="rna"`' in refuse(lambda: run.transfer(strange, known))
+    assert '`query_modality="rna"`' in refuse(lambda: run.transfer(known, strange))
+    assert '`cells_modality="rna"`' in refuse(lambda: run.impute(strange, "adt"))
+    assert '`modality="rna"`' in refuse(lambda: run.embed(strange))
+    fix = refuse(lambda: run.match(known, "rna", "adt", reference=strange))
+    assert fix == (
+        'a MuData says it: `mudata.MuData({"rna": adata})`; `reference_feature_ids=` names a '
+        "column of var that names features as the model does"
+    )
+    fix = refuse(lambda: run.transfer(few, known, reference_modality="rna"))
+    assert "`reference_feature_ids=`" in fix
+    assert "`min_known=0`" in fix
+    assert "`reference_layer=`" in refuse(lambda: run.transfer(normalised, known))
+    assert "`layer=`" in refuse(lambda: run.transfer(known, normalised))
+    # One word stands for both kinds of cells, until the reference has one of its own.
+    known.layers["counts"] = known.X.copy()
+    for layers, typed in (({}, "layer="), ({"reference_layer": {"rnaa": "X"}}, "reference_layer=")):
+        with pytest.raises(DataError, match="no such modality") as raised:
+            run.transfer(known, known, layer={"rnaa": "counts"}, **layers)
+        assert str(raised.value.where).startswith(typed)
+
+
+def test_advice_on_cells_to_export_names_no_argument(
+    run: Run, query: Store, tmp_path: Path
+) -> None:
+    normalised = read_mudata(query)["rna"]
+    normalised.X = normalised.X * 0.3
+    fix = refuse(lambda: run.export(tmp_path / "shared", cells=normalised))
+    assert fix.endswith(
+        "convert the cells into a store, or embed them into an .h5ad, where that can be said"
+    )
+    assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize("command", ["transfer", "match"])
+def test_advice_on_a_file_of_counts_names_what_the_command_takes(
+    run: Run, query: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    few = read_mudata(query)["rna"][:, :2].copy()
+    few.write_h5ad(tmp_path / "few.h5ad")
+    words = ["--run", str(run.folder), "--store", str(query.root)]
+    words += ["--out", str(tmp_path / "out.csv"), "--reference", str(tmp_path / "few.h5ad")]
+    if command == "match":
+        words += ["--first", "rna", "--second", "adt"]
+    monkeypatch.setattr(sys, "argv", [command, *words])
+    fix = refuse({"transfer": transfer, "match": match}[command].main)
+    assert fix == (
+        "convert the cells into a store, where that can be said: `clue prep convert NAME=FILE "
+        "--features-from RUN --out STORE`; `--min-known 0` takes the cells all the same"
+    )

@@ -166,7 +166,7 @@ def test_a_path_that_no_cells_are_read_from_is_refused_with_a_way_on(tmp_path: P
         (tmp_path / name).write_bytes(b"1")
         with pytest.raises(DataError, match=advice):
             open_source(tmp_path / name)
-    with pytest.raises(DataError, match=r'give the path alone, and `modality="rna"`'):
+    with pytest.raises(DataError, match=r'give the path alone; `modality="rna"`'):
         open_source(f"rna={tmp_path}/rna.h5ad")
     # A URL may be longer than the name of any file.
     with pytest.raises(StoreError, match="a store cannot lie there"):
@@ -251,7 +251,7 @@ def test_scores_need_no_file(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
 def test_counts_of_a_reference_may_lie_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     readings: list[dict[str, Any]] = []
 
-    def note_reading(source: object, model: object, **reading: Any) -> None:
+    def note_reading(source: object, model: object, arguments: object, **reading: Any) -> None:
         readings.append(reading)
 
     for name in ("open_cells", "open_reference"):

@@ -1,5 +1,6 @@
 """The cells that a model is asked about: those of a store, or of an AnnData or MuData in memory."""
 
+from clue_dist.inference.cells.argument_names import ArgumentNames as ArgumentNames
 from clue_dist.inference.cells.memory_cells import MemoryCells as MemoryCells
 from clue_dist.inference.cells.sources import Cells as Cells
 from clue_dist.inference.cells.sources import CellSource as CellSource

@@ -13,6 +13,7 @@ import torch
 
 from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.errors import DataError, format_count, list_names
+from clue_dist.inference.cells.argument_names import OPEN_CELLS, ArgumentNames
 from clue_dist.kinds import KINDS
 from clue_dist.store.count_rules import limit_rounding, make_count_error, make_real_value_error
 from clue_dist.store.encoding_kernels import LARGEST_COUNT
@@ -32,6 +33,7 @@ class AlignedCounts:
     places: np.ndarray  # (columns,) int32, of each column among the model's features; -1: dropped
     modality: Modality  # the model's
     other_layers: Sequence[str] = ()  # where the counts may lie instead, for messages
+    arguments: ArgumentNames = OPEN_CELLS
 
     @property
     def has_real_values(self) -> bool:
@@ -158,16 +160,20 @@ class AlignedCounts:
         if np.isnan(value):
             fix = "a value is missing: fill in zeros where nothing was counted"
         elif not self.has_real_values:
-            fix = "give the raw counts, not normalised values: `layer=` names the layer with them"
-            if self.other_layers:
-                fix += f" (there are {list_names(self.other_layers)})"
+            others = f" (there are {list_names(self.other_layers)})" if self.other_layers else ""
+            way = self.arguments.join_advice(layer=f"`{{}}` names the layer with them{others}")
+            fix = f"give the raw counts, not normalised values: {way}"
         cell, feature = self.cell_names[row], self.feature_names[column]
         make_error = make_real_value_error if self.has_real_values else make_count_error
         return make_error(f"{self.where}, cell {cell!r}, feature {feature!r}", value, fix)
 
 
 def align_features(
-    where: str, names: Sequence[str], modality: Modality, min_known: float
+    where: str,
+    names: Sequence[str],
+    modality: Modality,
+    min_known: float,
+    arguments: ArgumentNames,
 ) -> tuple[np.ndarray, str | None]:
     """Find the place of each column among the features of a model.
 
@@ -176,6 +182,7 @@ def align_features(
         names: of the columns.
         modality: the model's.
         min_known: the least share of the model's features that must be among the names.
+        arguments: what the caller calls the arguments that would help.
 
     Returns:
         Places, (columns,) int32, -1 for what the model does not know; a warning, where features of
@@ -206,8 +213,10 @@ def align_features(
             got=f"{found}; the first ones there are {list_names(names, 3)}",
             expected=f"{min_known:.0%} of them or more, named like "
             f"{list_names(modality.features, 3)}",
-            fix="`feature_ids=` names a column of var that names features as the model does; "
-            "`min_known=0` takes the cells all the same",
+            fix=arguments.join_advice(
+                feature_ids="`{}` names a column of var that names features as the model does",
+                min_known="`{}0` takes the cells all the same",
+            ),
         )
     if not missing:
         return places, None

@@ -15,6 +15,7 @@ import torch
 from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.errors import DataError, format_count, list_names, suggest_names
 from clue_dist.inference.cells.aligned_counts import AlignedCounts, align_features
+from clue_dist.inference.cells.argument_names import ArgumentNames
 from clue_dist.inference.cells.memory_obs import collect_obs, find_levels
 from clue_dist.inference.cells.named_counts import (
     MemoryChoices,
@@ -152,12 +153,16 @@ def _require_modalities(
 ) -> None:
     """Require that what is chosen by modality is chosen of modalities that there are."""
     known = [*trained_model.modalities, *(source.mod if isinstance(source, md.MuData) else ())]
-    for argument, given in (("layer", choices.layer), ("feature_ids", choices.feature_ids)):
+    typed = choices.arguments
+    for argument, given in (
+        (typed.layer, choices.layer),
+        (typed.feature_ids, choices.feature_ids),
+    ):
         absent = [n for n in given if n not in known] if isinstance(given, Mapping) else []
         if absent:
             raise DataError(
                 "no such modality",
-                where=f"{argument}={given!r}",
+                where=f"{argument}{given!r}",
                 got=list_names(absent),
                 expected=list_names(dict.fromkeys(known)),
                 fix=suggest_names(absent[0], known),
@@ -169,13 +174,14 @@ def _align_part(
 ) -> AlignedCounts:
     """The counts of one part as the model takes them; warns of features that are missing."""
     layer = choose_value(choices.layer, name)
-    matrix, var, where = _choose_matrix(part, layer, name)
-    column = choose_value(choices.feature_ids, name)
-    names = name_columns(part.adata, var, column)
+    matrix, var, where = _choose_matrix(part, layer, name, choices.arguments)
+    names = name_columns(part.adata, var, name, choices)
     modality = trained_model.modalities[name]
     used = part.find_columns(var)
     used_names = respell_regions([names[i] for i in used], modality.features)
-    used_places, warning = align_features(where, used_names, modality, choices.min_known)
+    used_places, warning = align_features(
+        where, used_names, modality, choices.min_known, choices.arguments
+    )
     places = np.full(len(names), -1, np.int32)
     places[used] = used_places
     if warning is not None:
@@ -183,11 +189,20 @@ def _align_part(
     if sp.issparse(matrix) and matrix.format != "csr":
         matrix = matrix.tocsr()  # which is read by rows, again and again
     others = [other for other in _list_layers(part.adata) if other != layer]
-    return AlignedCounts(where, matrix, part.adata.obs_names, var.index, places, modality, others)
+    return AlignedCounts(
+        where,
+        matrix,
+        part.adata.obs_names,
+        var.index,
+        places,
+        modality,
+        others,
+        choices.arguments,
+    )
 
 
 def _choose_matrix(
-    part: NamedCounts, layer: str | None, name: str
+    part: NamedCounts, layer: str | None, name: str, arguments: ArgumentNames
 ) -> tuple[Any, pd.DataFrame, str]:
     """The matrix with the raw counts, var of its columns, and what it is called in messages."""
     adata = part.adata
@@ -201,9 +216,11 @@ def _choose_matrix(
             "there is no such matrix",
             where=f"{part.where}: {'X' if layer is None else f'layer {layer!r}'}",
             got=f"layers: {list_names(layers) or 'none'}",
-            fix=f'name one of them: `layer={{"{name}": "{next(iter(layers))}"}}`'
+            fix=arguments.join_advice(
+                layer=f'name one of them: `{{}}{{"{name}": "{next(iter(layers))}"}}`'
+            )
             if layers
-            else "leave `layer=` out"
+            else f"leave `{arguments.layer}` out"
             if layer
             else "put the counts into X",
         )

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.inference.cells.argument_names import OPEN_CELLS, ArgumentNames
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.kinds import TYPE_COLUMNS, choose_value, find_kinds, match_alias
 from clue_dist.number_checks import require_number
@@ -35,6 +36,7 @@ class MemoryChoices:
     feature_ids: str | Mapping[str, str] | None = None
     batch_key: str | Sequence[str] | None = None
     min_known: float = MIN_KNOWN_IN_MEMORY
+    arguments: ArgumentNames = OPEN_CELLS
 
     def __post_init__(self) -> None:
         require_number("min_known", self.min_known, 0, 1)
@@ -101,7 +103,7 @@ def _name_mudata_parts(
     """The modalities of a MuData, by what the model calls them, in the model's order."""
     if choices.modality is not None:
         raise DataError(
-            "`modality=` says what an AnnData holds",
+            f"`{choices.arguments.modality}` says what an AnnData holds",
             got=f"{choices.modality!r}, of a MuData with {list_names(mdata.mod)}",
             fix=f'`modalities=["{choices.modality}"]` of `embed` uses a part of the modalities; '
             "elsewhere leave it out, or give the AnnData itself",
@@ -134,9 +136,7 @@ def _name_anndata_parts(
     if types := _split_by_type(adata, trained_model):
         return _keep_chosen(types, [*types], trained_model, choices)
     shares = {
-        name: _share_known(
-            part.features, name_columns(adata, adata.var, choose_value(choices.feature_ids, name))
-        )
+        name: _share_known(part.features, name_columns(adata, adata.var, name, choices))
         for name, part in known.items()
     }
     fitting = [name for name, share in shares.items() if share >= MIN_KNOWN_IN_MEMORY]
@@ -149,9 +149,10 @@ def _name_anndata_parts(
             "cannot tell which modality an AnnData holds",
             got=f"features known: {listed}",
             expected="those of one modality of the model",
-            fix=f'say it: `modality="{next(iter(known))}"`, or `cells_modality=` where that asks '
-            "for something else; `feature_ids=` names a column of var "
-            "that names features as the model does",
+            fix=choices.arguments.join_advice(
+                modality=f'say it: `{{}}"{next(iter(known))}"`',
+                feature_ids="`{}` names a column of var that names features as the model does",
+            ),
         )
     return _keep_chosen(
         {fitting[0]: NamedCounts("the AnnData", adata)}, fitting, trained_model, choices
@@ -217,19 +218,22 @@ def _keep_chosen(
     return kept
 
 
-def name_columns(adata: ad.AnnData, var: pd.DataFrame, column: str | None) -> list[str]:
-    """Names of the features, (columns,): var_names, or those of a column of var.
+def name_columns(
+    adata: ad.AnnData, var: pd.DataFrame, modality: str, choices: MemoryChoices
+) -> list[str]:
+    """Names of a modality's features, (columns,): var_names, or those of a column of var.
 
     As in a conversion, a name that repeats gives way to that in var_names, and of several columns,
     "symbol,gene_id", the first counts that is there.
     """
+    column = choose_value(choices.feature_ids, modality)
     if column is None:
         return [str(name) for name in var.index]
     chosen = next((each for each in column.split(",") if each in var), None)
     if chosen is None:
         raise DataError(
             "var has no such column",
-            where=f"feature_ids={column!r}",
+            where=f"{choices.arguments.feature_ids}{column!r}",
             got=f"columns: {list_names(var.columns, 30) or 'none'}",
         )
     values = var[chosen]

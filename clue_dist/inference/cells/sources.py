@@ -14,6 +14,7 @@ from clue_dist.config import MIN_KNOWN
 from clue_dist.data.batch import Batch
 from clue_dist.errors import DataError
 from clue_dist.files import parse_path
+from clue_dist.inference.cells.argument_names import OPEN_CELLS, ArgumentNames
 from clue_dist.inference.cells.memory_cells import collect_memory_cells
 from clue_dist.inference.cells.memory_obs import list_obs_columns
 from clue_dist.inference.cells.named_counts import (
@@ -71,6 +72,7 @@ class Cells(Protocol):
 def open_cells(
     source: CellSource,
     trained_model: TrainedModel,
+    arguments: ArgumentNames = OPEN_CELLS,
     *,
     modality: str | None = None,
     modalities: Sequence[str] | None = None,
@@ -86,6 +88,7 @@ def open_cells(
             a store; or the path of a store, which is streamed, or of an .h5ad or .h5mu, which is
             read into memory.
         trained_model: the model.
+        arguments: what the caller calls the next ones, for messages.
         modality: which modality of the model an AnnData holds; by default its features say so.
         modalities: those to use; by default all that the model knows.
         layer: where raw counts lie, for all modalities or by modality; by default X.
@@ -100,22 +103,23 @@ def open_cells(
         StoreError: modalities or features that are not the model's; no sound store.
         ConfigError: the store has none of the modalities.
     """
-    source, modalities = open_source(source), list_chosen(modalities)
+    source, modalities = open_source(source, arguments), list_chosen(modalities)
     if isinstance(source, Store):
         view = select_modalities(source, modalities) if modalities else source
         return open_store_cells(view, trained_model, min_known)
     least = MIN_KNOWN_IN_MEMORY if min_known is None else min_known
-    choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, least)
+    choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, least, arguments)
     return collect_memory_cells(source, trained_model, choices)
 
 
 def open_source(
-    source: CellSource, *, leave_counts: bool = False
+    source: CellSource, arguments: ArgumentNames = OPEN_CELLS, *, leave_counts: bool = False
 ) -> ad.AnnData | md.MuData | Store:
     """Read a file of cells into memory, or open a store; what is open already stays as it is.
 
     Args:
         source: the cells.
+        arguments: as of `open_cells`.
         leave_counts: whether the counts of a file stay in it, and are read slice by slice.
 
     Raises:
@@ -147,10 +151,11 @@ def open_source(
     file = parse_path(path)
     if not file.is_file():
         name, equals, _ = path.partition("=")
+        advice = arguments.join_advice(modality=f'`{{}}"{name}"` says the modality')
         raise DataError(
             "no such file",
             where=file,
-            fix=f'give the path alone, and `modality="{name}"`' if equals else "check the path",
+            fix=f"give the path alone; {advice}" if equals else "check the path",
         )
     try:
         backed = "r" if leave_counts else None
