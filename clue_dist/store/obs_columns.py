@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TYPES = {"category": "int32", "integer": "int64", "number": "float64", "boolean": "int8"}
+# What pandas, NumPy and R write for a missing value, where it is turned into text.
+MISSING_TEXTS = frozenset(
+    {"nan", "NaN", "NAN", "None", "NA", "<NA>", "N/A", "n/a", "NaT", "null", "NULL"}
+)
 _LEAST = np.iinfo(np.int64).min
 
 

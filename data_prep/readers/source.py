@@ -16,16 +16,13 @@ from clue_dist.errors import DataError
 from clue_dist.store.count_rules import limit_rounding
 from clue_dist.store.layout import MAX_BARCODE_BYTES
 from clue_dist.store.location import Location, RemoteLocation
+from clue_dist.store.obs_columns import MISSING_TEXTS
 from data_prep.readers.zarr_file import identify_zarr
 
 # (n, features), as the file has them: neither validated nor aligned to the store's features.
 SourceRows: TypeAlias = sp.csr_matrix | np.ndarray
 
 PROBED_VALUES = 10_000  # looked at to guess whether a matrix holds counts
-# What pandas, NumPy and R write for a missing value, where it is turned into text.
-_MISSING_TEXTS = frozenset(
-    {"nan", "NaN", "NAN", "None", "NA", "<NA>", "N/A", "n/a", "NaT", "null", "NULL"}
-)
 # Types that the kernels do not know, and the types that hold the same values.
 _KNOWN_TYPES = {"bool": "uint8", "float16": "float32", np.dtype(np.longdouble).name: "float64"}
 
@@ -57,8 +54,8 @@ class CategoryCodes:
         if plain.dtype.kind == "f" and all(value % 1 == 0 for value in found):
             found = found.map(int)  # a column of integers that lacks some becomes one of floats
         texts = ["" if pd.isna(value) else str(value) for value in found]
-        missing = tuple(sorted({text for text in texts if text in _MISSING_TEXTS}))
-        texts = ["" if text in _MISSING_TEXTS else text for text in texts]
+        missing = tuple(sorted({text for text in texts if text in MISSING_TEXTS}))
+        texts = ["" if text in MISSING_TEXTS else text for text in texts]
         names = sorted({text for text in texts if text})
         places = {name: i for i, name in enumerate(names)} | {"": -1}
         # The last one is for the -1 of factorize, which means unknown as well.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import anndata as ad
 import mudata as md
 import numpy as np
+import pandas as pd
 import pytest
 
 from clue_dist.errors import DataError
 from clue_dist.inference.cells import open_cells
-from clue_dist.inference.cells.memory_obs import require_writable_obs
+from clue_dist.inference.cells.memory_obs import name_values, require_writable_obs
 from clue_dist.inference.embed import embed_cells
+from data_prep.readers.source import CategoryCodes
 from tests.unit.memory_helpers import LOADED, make_table
 
 
@@ -68,6 +70,21 @@ def test_batches_are_named_as_in_a_store():
     assert obs["batch"].isna().tolist() == [False, False, True, False, False]
     with pytest.raises(DataError, match=r"obs has no such column(.|\n)*columns: donor"):
         open_cells(table, LOADED, batch_key="lane")
+
+
+def test_a_text_that_stands_for_a_missing_value_names_nothing():
+    """As of `obs["donor"].astype(str)`; a store of these cells knows the same names."""
+    values = pd.Series(["d1", None, "d2", np.nan, "d1", ""], dtype=object)
+    for column in (values, values.astype(str), values.astype(str).astype("category")):
+        names = name_values(column)
+        assert names.tolist() == ["d1", "", "d2", "", "d1", ""]
+        stored = CategoryCodes.encode_values(column)
+        assert [[*stored.names, ""][code] for code in stored.codes[:]] == names.tolist()
+    table = make_table()
+    table.obs["donor"] = values.astype(str)[:5].to_numpy()
+    cells = open_cells(table, LOADED, batch_key="donor")
+    assert cells.batches.names == ["d1", "d2"]
+    assert cells.read_obs()["batch"].isna().tolist() == [False, True, False, True, False]
 
 
 def test_names_of_cells_must_tell_them_apart():

@@ -168,11 +168,12 @@ def test_cells_get_labels_across_modalities(store, loaded, tmp_path):
     assert list(again.label) == list(found.label.astype(str))
 
 
-def test_unknown_cells_of_a_reference_carry_no_label_over(store, loaded):
+@pytest.mark.parametrize("text", ["unknown", "nan"])
+def test_unknown_cells_of_a_reference_carry_no_label_over(store, loaded, text):
     class Annotated(StoreCells):
         def read_obs(self):
             obs = super().read_obs()
-            return obs.assign(cell_type=obs["cell_type"].astype(str).replace("type-0", "unknown"))
+            return obs.assign(cell_type=obs["cell_type"].astype(str).replace("type-0", text))
 
     cells = Annotated(store, loaded)
     found = label_cells(loaded, cells, cells, "cell_type")

@@ -14,6 +14,7 @@ from pandas.api.types import infer_dtype
 from clue_dist.errors import DataError, format_count, list_names, suggest_names
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary
+from clue_dist.store.obs_columns import MISSING_TEXTS
 
 
 def collect_obs(source: ad.AnnData | md.MuData) -> pd.DataFrame:
@@ -195,9 +196,13 @@ def _choose_columns(
 
 
 def name_values(values: pd.Series) -> np.ndarray:
-    """Name the values of a column as a store does, (N,) texts; what is missing is ""."""
+    """Name the values of a column as a store does, (N,) texts.
+
+    What is missing is "", and so is the text that a program has made of it.
+    """
     codes, found = pd.factorize(values)
-    return np.array([*map(name_value, found), ""], object)[codes]  # -1, missing, is the last
+    names = ["" if name in MISSING_TEXTS else name for name in map(name_value, found)]
+    return np.array([*names, ""], object)[codes]  # -1, missing, is the last
 
 
 def name_value(value: object) -> str:
