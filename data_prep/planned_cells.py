@@ -32,7 +32,9 @@ from data_prep.jobs.workers import WorkerPool
 from data_prep.options import FeatureChoice, ObsColumns, Pairing
 from data_prep.readers.fragments import ConversionInput, count_fragments
 from data_prep.readers.listed_cells import keep_listed_cells
-from data_prep.readers.source import PROBED_VALUES, OpenedSource, Source
+from data_prep.readers.source import OpenedSource, Source
+
+_COMPARED_ROWS = 64  # cells by which a modality is found to be a copy of another
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ def plan_cells(
 
 
 def refuse_equal_modalities(readings: Sequence[SourceReading], plan: FeaturePlan) -> None:
-    """Refuse two modalities that begin with the same values of the same cells and features.
+    """Refuse two modalities that have the same values of the same cells and features.
+
+    A copy is found in whatever order it has cells and features, by the first cells of the other.
 
     Args:
         readings: how the rows of the sources are read, whatever their format.
@@ -155,9 +159,13 @@ def refuse_equal_modalities(readings: Sequence[SourceReading], plan: FeaturePlan
     """
     for one, other in itertools.combinations(readings, 2):
         first, second = one.source.modality, other.source.modality
-        if first == second or plan.modalities[first].features != plan.modalities[second].features:
+        if first == second:
             continue
-        if _begin_alike(one, other):
+        features, others = (plan.modalities[name].features for name in (first, second))
+        if len(features) != len(others) or {*features} != {*others}:
+            continue
+        places = {feature: place for place, feature in enumerate(others)}
+        if _have_same_values(one, other, [places[feature] for feature in features]):
             raise DataError(
                 "two modalities are the same values",
                 where=other.source.display_name,
@@ -168,17 +176,27 @@ def refuse_equal_modalities(readings: Sequence[SourceReading], plan: FeaturePlan
             )
 
 
-def _begin_alike(one: SourceReading, other: SourceReading) -> bool:
-    """Whether two sources of the same features begin with the same values of the same cells."""
+def _have_same_values(one: SourceReading, other: SourceReading, places: list[int]) -> bool:
+    """Whether the first cells of a source have the same values in another one.
+
+    Args:
+        one: the source.
+        other: the other one.
+        places: (features,), the place in `other` of each feature of `one`.
+    """
     if not (one.n_rows and other.n_rows):
         return False
-    _, n_rows = one.split_rows(PROBED_VALUES)[0]
+    n_rows = min(_COMPARED_ROWS, one.n_rows)
     # A cell has the same key in all its modalities.
-    keys, other_keys = (load_array(each.row_folder / "keys.npy")[:n_rows] for each in (one, other))
-    if not np.array_equal(keys, other_keys):
+    keys, other_keys = (load_array(each.row_folder / "keys.npy") for each in (one, other))
+    order = np.argsort(keys[:n_rows])
+    found = np.flatnonzero(np.isin(other_keys, keys[:n_rows]))
+    found = found[np.argsort(other_keys[found])]
+    if not np.array_equal(keys[order], other_keys[found]):
         return False
-    rows, other_rows = (sp.csr_matrix(each.read_rows(0, n_rows)) for each in (one, other))
-    return bool(rows.count_nonzero() and (rows != other_rows).nnz == 0)
+    rows = sp.csr_matrix(one.read_rows(0, n_rows))[order]
+    other_rows = [sp.csr_matrix(other.read_rows(row, row + 1)) for row in found.tolist()]
+    return bool(rows.count_nonzero() and (rows != sp.vstack(other_rows)[:, places]).nnz == 0)
 
 
 def _open_sources(sources: Sequence[Source]) -> list[OpenedSource]:

@@ -155,6 +155,22 @@ def test_two_modalities_need_values_of_their_own(tmp_path: Path) -> None:
     assert store.manifest.modalities["adt"].features == ["g6", "g7", "g8", "g9"]
 
 
+@pytest.mark.slow
+def test_a_copy_is_found_in_another_order(tmp_path: Path) -> None:
+    counts = make_counts(200, 10)
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    for copy in _write_copies(tmp_path, counts.sample(frac=1, random_state=0).iloc[:, ::-1]):
+        with pytest.raises(DataError, match="two modalities are the same values"):
+            convert_files(tmp_path / "s.zarr", f"rna={path}", f"adt={copy}")
+    # One count that differs, or one cell that only the first has, makes two modalities.
+    changed = counts.copy()
+    changed.iloc[3, 3] += 1
+    for number, cells in enumerate((changed, counts[1:])):
+        other = write_h5ad(tmp_path / f"{number}.h5ad", cells[::-1])
+        store = convert_files(tmp_path / f"{number}.zarr", f"rna={path}", f"adt={other}")
+        assert store.modalities == ["rna", "adt"]
+
+
 def _write_copies(folder: Path, counts: pd.DataFrame) -> list[Path]:
     """Write the same counts in other files and formats."""
     by_rows = write_h5ad(folder / "rows.h5ad", counts)
