@@ -11,8 +11,8 @@ import pandas as pd
 
 from clue_dist.inference.cells import ArgumentNames, CellSource, open_cells
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
-from clue_dist.inference.output_files import check_table_path, parse_output
+from clue_dist.inference.match import match_cells, require_pairs_path, write_matches
+from clue_dist.inference.output_files import parse_output, require_table_path
 from clue_dist.inference.reference_cells import (
     ComparedCells,
     open_own_reference,
@@ -92,7 +92,7 @@ class ComparisonMethods:
             `attrs["is_calibrated"]` says whether that was calibrated.
         """
         settings = PartnerSettings(method, n_partners, approximate=approximate)
-        path = parse_output(out, check_pairs_path)
+        path = parse_output(out, require_pairs_path)
         reading: dict[str, Any] = {
             "layer": layer,
             "feature_ids": feature_ids,
@@ -166,7 +166,7 @@ class ComparisonMethods:
             A row for each query, as `clue_dist.inference.transfer.label_cells` explains it.
         """
         settings = TransferSettings(n_neighbours, kept, least_confidence)
-        path = parse_output(out, check_table_path)
+        path = parse_output(out, require_table_path)
         reading: dict[str, Any] = {
             "layer": layer,
             "feature_ids": feature_ids,

@@ -8,7 +8,7 @@ from pathlib import Path
 import anndata as ad
 import pandas as pd
 
-from clue_dist.inference.answer_files import check_answer_path
+from clue_dist.inference.answer_files import require_answer_path
 from clue_dist.inference.cells import ArgumentNames, CellSource, find_source_file, open_cells
 from clue_dist.inference.differential import (
     DifferentialChoices,
@@ -18,7 +18,7 @@ from clue_dist.inference.differential import (
 from clue_dist.inference.imputation_question import ImputationChoices
 from clue_dist.inference.impute import IMPUTATION_FORMATS, impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.output_files import check_table_path, parse_output
+from clue_dist.inference.output_files import parse_output, require_table_path
 from clue_dist.ranks import Ranks, run_on_first_rank
 
 _ARGUMENTS = ArgumentNames(modality="cells_modality=")
@@ -81,7 +81,7 @@ class ImputationMethods:
             Means in X, draws and bounds in layers, (cells, features); `out`, where that is given.
         """
         path = parse_output(
-            out, lambda path: check_answer_path(path, IMPUTATION_FORMATS, find_source_file(cells))
+            out, lambda path: require_answer_path(path, IMPUTATION_FORMATS, find_source_file(cells))
         )
         opened = open_cells(
             cells,
@@ -163,7 +163,7 @@ class ImputationMethods:
         Returns:
             By group a table of features, see `clue_dist.inference.differential.compare_groups`.
         """
-        path = parse_output(out, check_table_path)
+        path = parse_output(out, require_table_path)
         opened = open_cells(
             cells,
             self.trained_model,

@@ -24,7 +24,7 @@ from clue_dist.api.training_call import (
 from clue_dist.checkpoint.run_folder import list_checkpoints
 from clue_dist.errors import ConfigError, list_names, suggest_names
 from clue_dist.files import parse_path
-from clue_dist.inference.answer_files import check_answer_path
+from clue_dist.inference.answer_files import require_answer_path
 from clue_dist.inference.cells import (
     Cells,
     CellSource,
@@ -133,7 +133,7 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
             ConfigError: `out` cannot be written.
         """
         path = parse_output(
-            out, lambda path: check_answer_path(path, EMBEDDING_FORMATS, find_source_file(cells))
+            out, lambda path: require_answer_path(path, EMBEDDING_FORMATS, find_source_file(cells))
         )
         # Where the answer goes into a file, the counts may stay in theirs.
         source = open_source(cells, leave_counts=out is not None)

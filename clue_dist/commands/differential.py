@@ -21,7 +21,7 @@ def main() -> None:
         compare_groups,
         write_differences,
     )
-    from clue_dist.inference.output_files import check_table_path
+    from clue_dist.inference.output_files import require_table_path
 
     choices = DifferentialChoices(
         arguments.modality,
@@ -35,7 +35,7 @@ def main() -> None:
         pairs=arguments.pairs,
         seed=arguments.seed,
     )
-    with open_model_and_store(arguments, lambda: check_table_path(arguments.out)) as opened:
+    with open_model_and_store(arguments, lambda: require_table_path(arguments.out)) as opened:
         trained_model, store, ranks = opened
 
         def compare_cells() -> None:

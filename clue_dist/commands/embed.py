@@ -21,16 +21,16 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from clue_dist.inference.answer_files import check_answer_path
+    from clue_dist.inference.answer_files import require_answer_path
     from clue_dist.inference.cells import open_cells
     from clue_dist.inference.embed import EMBEDDING_FORMATS, embed_cells
-    from clue_dist.inference.file_order import check_like, parse_like
+    from clue_dist.inference.file_order import parse_like, require_file_order
 
     def check_arguments() -> None:
         like = None if arguments.like is None else parse_like(arguments.like)[1]
-        check_answer_path(arguments.out, EMBEDDING_FORMATS, like)
+        require_answer_path(arguments.out, EMBEDDING_FORMATS, like)
         if arguments.like is not None:
-            check_like(arguments.out, arguments.like)
+            require_file_order(arguments.out, arguments.like)
 
     with open_model_and_store(arguments, check_arguments) as opened:
         trained_model, store, ranks = opened

@@ -19,11 +19,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from clue_dist.inference.evaluate import check_scores_path, evaluate_store
+    from clue_dist.inference.evaluate import evaluate_store, require_scores_path
     from clue_dist.inference.score_tables import format_scores
 
     with open_model_and_store(
-        arguments, lambda: check_scores_path(arguments.out, arguments.max_cells)
+        arguments, lambda: require_scores_path(arguments.out, arguments.max_cells)
     ) as opened:
         trained_model, store, ranks = opened
         scores = evaluate_store(

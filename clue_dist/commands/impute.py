@@ -16,7 +16,7 @@ def main() -> None:
     """Impute as the arguments say, and say how many cells there are."""
     arguments = _parse_arguments()
 
-    from clue_dist.inference.answer_files import check_answer_path
+    from clue_dist.inference.answer_files import require_answer_path
     from clue_dist.inference.cells import open_cells
     from clue_dist.inference.imputation_question import ImputationChoices
     from clue_dist.inference.impute import IMPUTATION_FORMATS, write_imputation
@@ -34,7 +34,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     with open_model_and_store(
-        arguments, lambda: check_answer_path(arguments.out, IMPUTATION_FORMATS)
+        arguments, lambda: require_answer_path(arguments.out, IMPUTATION_FORMATS)
     ) as opened:
         trained_model, store, ranks = opened
         n_cells = write_imputation(

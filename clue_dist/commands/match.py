@@ -16,10 +16,10 @@ def main() -> None:
     arguments = _parse_arguments()
 
     from clue_dist.inference.cells import open_cells
-    from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
+    from clue_dist.inference.match import match_cells, require_pairs_path, write_matches
     from clue_dist.inference.reference_cells import open_reference
 
-    with open_model_and_store(arguments, lambda: check_pairs_path(arguments.out)) as opened:
+    with open_model_and_store(arguments, lambda: require_pairs_path(arguments.out)) as opened:
         trained_model, store, ranks = opened
 
         def match_store() -> None:

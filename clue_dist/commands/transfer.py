@@ -16,12 +16,12 @@ def main() -> None:
     arguments = _parse_arguments()
 
     from clue_dist.inference.cells import open_cells
-    from clue_dist.inference.output_files import check_table_path
+    from clue_dist.inference.output_files import require_table_path
     from clue_dist.inference.reference_cells import open_own_reference, open_reference
     from clue_dist.inference.transfer import label_cells, write_labels
     from clue_dist.neighbours.label_transfer import UNKNOWN_LABEL, TransferSettings
 
-    with open_model_and_store(arguments, lambda: check_table_path(arguments.out)) as opened:
+    with open_model_and_store(arguments, lambda: require_table_path(arguments.out)) as opened:
         trained_model, store, ranks = opened
 
         def label_store() -> None:

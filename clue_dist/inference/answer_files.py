@@ -11,13 +11,15 @@ import h5py
 import mudata as md
 
 from clue_dist.errors import ConfigError
-from clue_dist.inference.output_files import check_output_format, translate_output_errors
+from clue_dist.inference.output_files import require_output_format, translate_output_errors
 
 PROVENANCE_KEY = "clue_dist"  # of uns: what made a result
 
 
-def check_answer_path(out: Path, formats: Sequence[str], source: str | Path | None = None) -> None:
-    """Check that `out` has a known ending and would replace only an earlier result.
+def require_answer_path(
+    out: Path, formats: Sequence[str], source: str | Path | None = None
+) -> None:
+    """Require that `out` has a known ending and would replace only an earlier result.
 
     Args:
         out: where a result is to go.
@@ -28,7 +30,7 @@ def check_answer_path(out: Path, formats: Sequence[str], source: str | Path | No
         ConfigError: it is not.
     """
     where, fix = f"--out {out}", "choose another name"
-    check_output_format(out, formats)
+    require_output_format(out, formats)
     if source is not None and out.exists() and Path(source).exists() and out.samefile(source):
         raise ConfigError("the output would replace what is read", where=where, fix=fix)
     if out.is_dir() and not (out / "uns" / PROVENANCE_KEY).is_dir():

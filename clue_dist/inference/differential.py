@@ -27,7 +27,7 @@ from clue_dist.inference.imputation_question import (
     read_question,
 )
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.output_files import check_table_path, write_table
+from clue_dist.inference.output_files import require_table_path, write_table
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, keep_sources
 from clue_dist.number_checks import require_number
@@ -115,7 +115,7 @@ def compare_groups(
 
 def write_differences(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Write what `compare_groups` gives as one table, whose first columns are group and feature."""
-    check_table_path(out)
+    require_table_path(out)
     write_table(pd.concat(tables, names=["group"]).reset_index(), out)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError
-from clue_dist.inference.answer_files import PROVENANCE_KEY, check_answer_path, write_tables
+from clue_dist.inference.answer_files import PROVENANCE_KEY, require_answer_path, write_tables
 from clue_dist.inference.cells import Cells, MemoryCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.file_order import restore_file_order
@@ -67,7 +67,7 @@ def embed_cells(
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
-    check_answer_path(out, EMBEDDING_FORMATS)
+    require_answer_path(out, EMBEDDING_FORMATS)
     if isinstance(cells, MemoryCells):
         require_writable_obs(cells.read_obs(), out.suffix)
     slices = cells.slice_cells(batch_size)

@@ -22,8 +22,8 @@ from clue_dist.inference.cells import SegmentSlice, open_store_cells
 from clue_dist.inference.embed import describe_embedding
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import (
-    check_output_format,
     make_scratch_folder,
+    require_output_format,
     translate_output_errors,
 )
 from clue_dist.inference.query import holds_training_cells
@@ -93,7 +93,7 @@ def evaluate_store(
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
-    check_scores_path(out, max_cells)
+    require_scores_path(out, max_cells)
     sample = _ScoredSample.choose_cells(store, max_cells)
     asked = open_store_cells(store, trained_model, min_known, sample.count_cells())
     slices = asked.slice_cells(batch_size)
@@ -132,7 +132,7 @@ def _write_scores(out: Path, result: dict[str, Any]) -> None:
         write_file(out, f"{text}\n")
 
 
-def check_scores_path(out: Path, max_cells: int | None) -> None:
+def require_scores_path(out: Path, max_cells: int | None) -> None:
     """Require a name that ends in .json, in a folder that is there, and two cells or more.
 
     Raises:
@@ -145,7 +145,7 @@ def check_scores_path(out: Path, max_cells: int | None) -> None:
             got="a folder",
             fix=f"--out {out}/scores.json",
         )
-    check_output_format(out, [".json"])  # a name of cells, mistyped, would be replaced by scores
+    require_output_format(out, [".json"])  # a name of cells, mistyped, would be replaced by scores
     if max_cells is not None:
         require_number(name_argument("max_cells"), max_cells, 2, whole=True)  # matching needs two
 

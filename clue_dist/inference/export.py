@@ -38,7 +38,7 @@ from clue_dist.errors import ConfigError, ResumeError, format_count, list_names
 from clue_dist.files import TEMPORARY_ENDING, apply_umask, write_file
 from clue_dist.inference.cells import CellSource
 from clue_dist.inference.load_model import load_model, require_weights
-from clue_dist.inference.output_files import check_output_folder, translate_output_errors
+from clue_dist.inference.output_files import require_output_folder, translate_output_errors
 from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
 from clue_dist.inference.score_tables import format_scores, list_warnings, read_scores
 from clue_dist.store.writer import hash_file
@@ -90,7 +90,7 @@ def export_run(
         ConfigError: something is at `out`; `scores` is no scores.json.
         StoreError: the disk is full, or refuses to be written.
     """
-    check_model_folder(out)
+    require_new_folder(out)
     card, config = read_model_card(run), load_kept_config(run)
     folder = require_weights(run, checkpoint)
     if problem := find_damage(folder):
@@ -111,13 +111,13 @@ def export_run(
     )
 
 
-def check_model_folder(out: Path) -> None:
-    """Check that a folder can be made at `out`.
+def require_new_folder(out: Path) -> None:
+    """Require that a folder can be made at `out`.
 
     Raises:
         ConfigError: something is there already, or the folder around it is missing.
     """
-    check_output_folder(out)
+    require_output_folder(out)
     if out.exists():
         raise ConfigError(
             "something is already there", where=f"--out {out}", fix="choose another folder"

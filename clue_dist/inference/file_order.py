@@ -63,8 +63,8 @@ def read_cell_names(path: Path) -> pd.Index:
         ) from error
 
 
-def check_like(out: Path, like: str) -> None:
-    """Check that an embedding at `out` can have the order of a file.
+def require_file_order(out: Path, like: str) -> None:
+    """Require that an embedding at `out` can have the order of a file.
 
     Raises:
         ConfigError: it is a MuData, which has an order of its own.

@@ -152,7 +152,7 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
             got=list_names(repeated),
         )
     levels = _read_levels(choices.batch, trained_model.batch_vocabulary)
-    _check_numbers(choices, KINDS[modality.kind].real_values)
+    _require_numbers(choices, KINDS[modality.kind].real_values)
     numbers = torch.tensor([places[name] for name in features])
     decoder = ValueDecoder(
         trained_model.model,
@@ -219,7 +219,7 @@ def _require_known(name: str, known: Sequence[str], what: str, others: str = "")
     )
 
 
-def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
+def _require_numbers(choices: ImputationChoices, real_values: bool) -> None:
     """Require numbers that mean something."""
     size, interval = choices.library_size, choices.interval
     require_number(name_argument("seed"), choices.seed, 0, LARGEST_SEED, whole=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import DataError, ResumeError, list_names, name_argument
-from clue_dist.inference.answer_files import PROVENANCE_KEY, check_answer_path, write_tables
+from clue_dist.inference.answer_files import PROVENANCE_KEY, require_answer_path, write_tables
 from clue_dist.inference.array_folder import arrange_rows
 from clue_dist.inference.cells import Cells, CellSlice, MemoryCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
@@ -122,7 +122,7 @@ def write_imputation(
         ClueError: what `impute_cells` raises; an unknown ending, no such folder, or a full disk.
     """
     ranks = ranks or Ranks()
-    check_answer_path(out, IMPUTATION_FORMATS)
+    require_answer_path(out, IMPUTATION_FORMATS)
     if isinstance(cells, MemoryCells):
         require_writable_obs(cells.read_obs(), out.suffix)
     question = read_question(trained_model, choices)

@@ -16,8 +16,8 @@ from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import (
     TABLE_FORMATS,
-    check_output_format,
     replace_output,
+    require_output_format,
     write_table,
 )
 from clue_dist.inference.query import holds_training_cells
@@ -123,18 +123,18 @@ def match_cells(
     return MatchedCells(weights, _list_pairs(weights, sides, confidence), confidence)
 
 
-def check_pairs_path(out: Path) -> None:
-    """Check that a path has an ending that pairs or their matrix can be written to.
+def require_pairs_path(out: Path) -> None:
+    """Require that a path has an ending that pairs or their matrix can be written to.
 
     Raises:
         ConfigError: it has not, or its folder is not there.
     """
-    check_output_format(out, PAIR_FORMATS)
+    require_output_format(out, PAIR_FORMATS)
 
 
 def write_matches(matched: MatchedCells, out: Path) -> None:
     """Write the matrix of weights, to .npz, or the table of pairs, to .csv, .csv.gz or .parquet."""
-    check_pairs_path(out)
+    require_pairs_path(out)
     if out.suffix != ".npz":
         write_table(matched.pairs, out)
         return

@@ -23,7 +23,7 @@ from clue_dist.checkpoint.model_card import read_model_card
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ConfigError, DataError, format_count, list_names
 from clue_dist.inference.cells import Cells, CellSlice
-from clue_dist.inference.export import CardTexts, check_model_folder, write_model_folder
+from clue_dist.inference.export import CardTexts, require_new_folder, write_model_folder
 from clue_dist.inference.load_model import TrainedModel, require_weights
 from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
 from clue_dist.model.clue import CLUE
@@ -64,7 +64,7 @@ def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path
         StoreError: the disk is full, or refuses to be written.
     """
     Ranks.from_environment().require_alone("new batches are learnt by one process")
-    check_model_folder(out)
+    require_new_folder(out)
     tuned, report = learn_batches(trained_model, cells)
     vocabulary = tuned.batch_vocabulary
     batches = {"batches": vocabulary.names, "batch_covariates": vocabulary.list_covariates()}

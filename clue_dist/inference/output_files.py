@@ -26,7 +26,7 @@ _PARQUET_PACKAGES = ("pyarrow", "fastparquet")  # that pandas knows
 _DISK_FIX = "free some space or mend the permissions, then run it again"
 
 
-def check_output_folder(out: Path) -> None:
+def require_output_folder(out: Path) -> None:
     """Require that the folder that `out` goes into is there.
 
     Raises:
@@ -42,7 +42,7 @@ def check_output_folder(out: Path) -> None:
         )
 
 
-def check_output_format(out: Path, formats: Sequence[str]) -> None:
+def require_output_format(out: Path, formats: Sequence[str]) -> None:
     """Require that `out` has one of the known endings, and that its folder is there.
 
     Raises:
@@ -62,16 +62,16 @@ def check_output_format(out: Path, formats: Sequence[str]) -> None:
             expected=" or ".join(_PARQUET_PACKAGES),
             fix="`pip install pyarrow`, or write .csv.gz",
         )
-    check_output_folder(out)
+    require_output_folder(out)
 
 
-def check_table_path(out: Path) -> None:
+def require_table_path(out: Path) -> None:
     """Require that `out` has an ending that a table can be written to, and is in a folder.
 
     Raises:
         ConfigError: it has not, or the folder is not there.
     """
-    check_output_format(out, TABLE_FORMATS)
+    require_output_format(out, TABLE_FORMATS)
 
 
 def parse_output(out: str | Path | None, check: Callable[[Path], None]) -> Path | None:

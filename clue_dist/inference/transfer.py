@@ -20,7 +20,7 @@ from clue_dist.inference.cells import Cells
 from clue_dist.inference.cells.memory_obs import name_values
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.output_files import check_table_path, write_table
+from clue_dist.inference.output_files import require_table_path, write_table
 from clue_dist.inference.reference_cells import (
     ComparedCells,
     ReferenceCells,
@@ -93,7 +93,7 @@ def label_cells(
 
 def write_labels(labels: pd.DataFrame, out: Path) -> None:
     """Write labels, with the names of the cells as the first column."""
-    check_table_path(out)
+    require_table_path(out)
     write_table(labels, out, index_label="cell")
 
 

@@ -210,7 +210,7 @@ def print_plan(setup: Setup, arguments: argparse.Namespace, warm_start: WarmStar
 def prepare_benchmark(arguments: argparse.Namespace, world: int) -> Setup:
     """Check what is to be measured, as `prepare_training` does; no run folder is needed."""
     # Measuring takes minutes: what cannot be written is said first.
-    check_bench_arguments(arguments)
+    require_bench_arguments(arguments)
     config = config_file.load_config(arguments.config, arguments.overrides)
 
     from clue_dist.train.setup import prepare_setup
@@ -218,11 +218,11 @@ def prepare_benchmark(arguments: argparse.Namespace, world: int) -> Setup:
     return prepare_setup(config, world, writes=False)
 
 
-def check_bench_arguments(arguments: argparse.Namespace) -> None:
-    """Check how `clue bench` is to measure, and that its figures can be written.
+def require_bench_arguments(arguments: argparse.Namespace) -> None:
+    """Require something for `clue bench` to measure, and a file that its figures can go into.
 
     Raises:
-        ConfigError: they cannot, or there is nothing to measure.
+        ConfigError: there is none.
     """
     require_number("--seconds", arguments.seconds, above=True)
     require_number("--repeats", arguments.repeats, 1, whole=True)

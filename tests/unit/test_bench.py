@@ -14,7 +14,7 @@ from clue_dist.data.timing import record_phases, time_phase
 from clue_dist.errors import ConfigError
 from clue_dist.ranks import Ranks
 from clue_dist.train import bench
-from clue_dist.train.arguments import check_bench_arguments
+from clue_dist.train.arguments import require_bench_arguments
 from clue_dist.train.bench import RankClock, TimedEngine, share_time
 from clue_dist.train.speed_report import (
     LoaderSpeed,
@@ -100,7 +100,7 @@ def test_the_report_ends_with_the_verdict_and_json_has_it_all() -> None:
 def test_what_cannot_be_timed_is_refused(wrong: dict[str, float]) -> None:
     arguments = {"seconds": 1.0, "repeats": 1, "json": None} | wrong
     with pytest.raises(ConfigError, match=f"where: --{next(iter(wrong))}"):
-        check_bench_arguments(argparse.Namespace(**arguments))
+        require_bench_arguments(argparse.Namespace(**arguments))
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
@@ -112,14 +112,14 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
         for name in ("new.json", "old.json")
     ]
     for args, needed in zip(given, (tmp_path, tmp_path / "old.json"), strict=True):
-        check_bench_arguments(args)
+        require_bench_arguments(args)
         with monkeypatch.context() as patch:
             # Root may write anywhere.
             patch.setattr(os, "access", lambda path, mode, needed=needed: path != needed)
             with pytest.raises(
                 ConfigError, match=f"cannot be written\n  where: --json {args.json}"
             ):
-                check_bench_arguments(args)
+                require_bench_arguments(args)
 
 
 class FakeTime:

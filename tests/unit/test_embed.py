@@ -16,7 +16,7 @@ import torch
 
 from clue_dist.data.assembly import read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError
-from clue_dist.inference.answer_files import check_answer_path
+from clue_dist.inference.answer_files import require_answer_path
 from clue_dist.inference.query import require_known_features
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
@@ -236,10 +236,10 @@ def test_an_output_replaces_results_alone_and_never_what_is_read(store, loaded, 
         embed_store(loaded, store, out, run="r")
     assert out.read_bytes() == before
     ad.AnnData(np.ones((2, 2)), uns={"clue_dist": {"run": "r"}}).write_h5ad(out)
-    check_answer_path(out, [".h5ad"])
+    require_answer_path(out, [".h5ad"])
     other.symlink_to(out)
     with pytest.raises(ConfigError, match="would replace what is read"):
-        check_answer_path(out, [".h5ad"], source=other)
+        require_answer_path(out, [".h5ad"], source=other)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(store, loaded, tmp_path):

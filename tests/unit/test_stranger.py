@@ -273,7 +273,7 @@ def test_counts_of_a_reference_may_lie_elsewhere(run: Run, monkeypatch: pytest.M
 def test_parquet_is_refused_where_nothing_writes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = output_files.check_output_format
+    check = output_files.require_output_format
     monkeypatch.setattr(output_files, "find_spec", lambda name: None)
     check(tmp_path / "labels.csv.gz", [".csv.gz", ".parquet"])
     with pytest.raises(ConfigError, match="pip install pyarrow"):
