@@ -10,7 +10,7 @@ import anndata as ad
 import h5py
 import mudata as md
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, name_argument
 from clue_dist.inference.output_files import require_output_format, translate_output_errors
 
 PROVENANCE_KEY = "clue_dist"  # of uns: what made a result
@@ -29,7 +29,7 @@ def require_answer_path(
     Raises:
         ConfigError: it is not.
     """
-    where, fix = f"--out {out}", "choose another name"
+    where, fix = name_argument("out", out), "choose another name"
     require_output_format(out, formats)
     if source is not None and out.exists() and Path(source).exists() and out.samefile(source):
         raise ConfigError("the output would replace what is read", where=where, fix=fix)

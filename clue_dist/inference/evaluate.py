@@ -141,9 +141,9 @@ def require_scores_path(out: Path, max_cells: int | None) -> None:
     if out.is_dir():
         raise ConfigError(
             "the scores go into a file",
-            where=f"--out {out}",
+            where=name_argument("out", out),
             got="a folder",
-            fix=f"--out {out}/scores.json",
+            fix=f"name a file in it: {out}/scores.json",
         )
     require_output_format(out, [".json"])  # a name of cells, mistyped, would be replaced by scores
     if max_cells is not None:

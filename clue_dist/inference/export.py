@@ -34,7 +34,7 @@ from clue_dist.checkpoint.run_folder import (
     read_weights,
 )
 from clue_dist.config import Config
-from clue_dist.errors import ConfigError, ResumeError, format_count, list_names
+from clue_dist.errors import ConfigError, ResumeError, format_count, list_names, name_argument
 from clue_dist.files import TEMPORARY_ENDING, apply_umask, write_file
 from clue_dist.inference.cells import CellSource
 from clue_dist.inference.load_model import load_model, require_weights
@@ -120,7 +120,9 @@ def require_new_folder(out: Path) -> None:
     require_output_folder(out)
     if out.exists():
         raise ConfigError(
-            "something is already there", where=f"--out {out}", fix="choose another folder"
+            "something is already there",
+            where=name_argument("out", out),
+            fix="choose another folder",
         )
 
 

@@ -35,7 +35,7 @@ from clue_dist.inference.imputation_question import (
     plan_interval,
     read_question,
 )
-from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.load_model import OTHER_CHECKPOINT, TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
 from clue_dist.inference.output_files import make_scratch_folder
 from clue_dist.inference.stream import read_slices_ahead
@@ -265,7 +265,7 @@ def _finish(question: ImputationQuestion, values: Tensor, rows: np.ndarray) -> n
         raise ResumeError(
             "the model gives NaN or Inf",
             where=f"values of {question.choices.modality}, cells {rows[0]} to {rows[-1]}",
-            fix="use another checkpoint (--checkpoint)",
+            fix=OTHER_CHECKPOINT,
         )
     threshold = question.choices.threshold
     if threshold is not None:

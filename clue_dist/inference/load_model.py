@@ -20,6 +20,9 @@ from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.batch_vocabulary import NO_BATCHES, BatchVocabulary
 from clue_dist.store.manifest_parts import Modality
 
+# What to do where the weights give NaN.
+OTHER_CHECKPOINT = "use another checkpoint: --checkpoint, in Python `clue_dist.load(checkpoint=)`"
+
 
 @dataclass(frozen=True)
 class TrainedModel:

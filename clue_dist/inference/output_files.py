@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from safetensors import SafetensorError
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, name_argument
 from clue_dist.files import parse_path, replace_file, translate_disk_errors
 from clue_dist.process import skip_cleanup
 from clue_dist.ranks import Ranks
@@ -36,7 +36,7 @@ def require_output_folder(out: Path) -> None:
         state = "is a file" if out.parent.exists() else "does not exist"
         raise ConfigError(
             "no such folder",
-            where=f"--out {out}",
+            where=name_argument("out", out),
             got=f"{out.parent} {state}",
             fix="mend the path, or make the folder",
         )
@@ -51,14 +51,14 @@ def require_output_format(out: Path, formats: Sequence[str]) -> None:
     if not out.name.endswith(tuple(formats)):
         raise ConfigError(
             "the output's ending says its format",
-            where=f"--out {out}",
+            where=name_argument("out", out),
             got=out.suffix or "no ending",
             expected=" or ".join(formats),
         )
     if out.suffix == ".parquet" and not any(map(find_spec, _PARQUET_PACKAGES)):
         raise ConfigError(
             "no package that writes parquet is installed",
-            where=f"--out {out}",
+            where=name_argument("out", out),
             expected=" or ".join(_PARQUET_PACKAGES),
             fix="`pip install pyarrow`, or write .csv.gz",
         )
@@ -218,7 +218,7 @@ def _hold_output_lock(out: Path, ranks: Ranks) -> Iterator[None]:
         if holder is not None:
             raise ConfigError(
                 "another job is writing this output",
-                where=f"--out {out}",
+                where=name_argument("out", out),
                 got=holder,
                 fix=f"wait until it ends, end it, or choose another name; if its machine is dead, "
                 f"remove {path}",

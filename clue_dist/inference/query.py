@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from clue_dist.config import MIN_KNOWN
-from clue_dist.errors import ConfigError, StoreError, format_count, list_names
+from clue_dist.errors import ConfigError, StoreError, format_count, list_names, name_argument
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.number_checks import require_number
 from clue_dist.store.manifest_parts import Modality
@@ -31,7 +31,7 @@ def select_modalities(store: Store, names: Sequence[str]) -> Store:
     Raises:
         ConfigError: the store has no such modality, or no cell carries any of them.
     """
-    where = f"--modalities {' '.join(names)}"
+    where = name_argument("modalities", " ".join(names))
     if unknown := [name for name in names if name not in store.modalities]:
         raise ConfigError(
             f"{store.name} has no such modality",
@@ -108,7 +108,9 @@ def require_known_features(store: Store, modalities: dict[str, Modality]) -> Non
                 where=where,
                 got=name,
                 expected=list_names(modalities),
-                fix=f"--modalities {' '.join(shared)} leaves it aside" if shared else None,
+                fix=f"leave it aside: {name_argument('modalities', ' '.join(shared))}"
+                if shared
+                else None,
             )
         known = modalities[name]
         if (modality.kind, modality.storage) != (known.kind, known.storage):
@@ -186,7 +188,7 @@ def require_measured_features(store: Store, min_known: float = MIN_KNOWN) -> lis
                 expected=f"{min_known:.0%} of them or more, named like "
                 f"{list_names(worst.modality.features, 3)}",
                 fix="names of another column (`convert --feature-ids COLUMN`) may be those of the "
-                "model; `--min-known 0` embeds the cells all the same",
+                "model; `--min-known 0`, in Python `min_known=0`, takes the cells all the same",
             )
         more = f", and {format_count(len(poor) - 1, 'more file')} like it" if len(poor) > 1 else ""
         warnings.append(f"{name}: {worst}{more}; the others count as zero, which moves z")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clue_dist.errors import ConfigError, format_count
+from clue_dist.errors import ConfigError, format_count, name_argument
 from clue_dist.files import parse_path
 from clue_dist.metrics import integration, matching
 
@@ -247,7 +247,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or holds something else.
     """
-    where = f"--scores {path}"
+    where = name_argument("scores", path)
     try:
         scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

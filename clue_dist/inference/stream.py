@@ -20,7 +20,7 @@ from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import ResumeError
 from clue_dist.inference.array_folder import ArrayFolder, arrange_rows
 from clue_dist.inference.cells import Cells, CellSlice
-from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.load_model import OTHER_CHECKPOINT, TrainedModel
 from clue_dist.kinds import KINDS
 from clue_dist.model.clue import CLUE
 from clue_dist.model.imputation import keep_sources
@@ -270,6 +270,6 @@ def _require_finite(latent: Tensor, cells: CellSlice, name: str) -> np.ndarray:
         raise ResumeError(
             "the model gives NaN or Inf",
             where=f"{cells.place}, z from {source}",
-            fix="use another checkpoint (--checkpoint)",
+            fix=OTHER_CHECKPOINT,
         )
     return np.asarray(values)

@@ -10,7 +10,7 @@ from clue_dist.checkpoint.kept_config import load_kept_config
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import UNFIT, find_damage, list_checkpoints, read_weights
 from clue_dist.config import Config
-from clue_dist.errors import ConfigError, ResumeError, format_count, list_names
+from clue_dist.errors import ConfigError, ResumeError, format_count, list_names, name_argument
 from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import initialise_model
 from clue_dist.model.modality_spec import specify_modalities
@@ -120,7 +120,7 @@ def plan_warm_start(run: Path, setup: Setup) -> WarmStart:
     if not saved:
         raise ResumeError(
             "the run to begin with holds no weights",
-            where=f"--init-from {run}",
+            where=name_argument("init_from", run),
             fix="train it at least until its first validation",
         )
     _require_same_features(run, card, setup)
@@ -147,7 +147,7 @@ def follow_head_rank(config: Config, run: Path) -> Config:
 def _require_same_features(run: Path, card: ModelCard, setup: Setup) -> None:
     """Check that the modalities which both know have the same features, in the same order."""
     modalities = setup.store.manifest.modalities
-    where = f"--init-from {run}"
+    where = name_argument("init_from", run)
     known = [name for name in modalities if name in card.modalities]
     if not known:
         raise ConfigError(
@@ -185,7 +185,7 @@ def _require_same_model(run: Path, card: ModelCard, config: Config, setup: Setup
     if changed:
         raise ConfigError(
             "the settings make another model than that of the run to begin with",
-            where=f"--init-from {run}",
+            where=name_argument("init_from", run),
             got=f"changed: {', '.join(sorted(changed))}",
             fix=_name_config(run),
         )

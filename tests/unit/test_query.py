@@ -71,7 +71,7 @@ def add_provenance(store: Store, *inputs: dict[str, Any], appended: bool = False
 def test_modalities_that_the_model_lacks_are_left_aside(
     store: Store, loaded: FakeTrainedModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(StoreError, match=r"--modalities rna adt leaves it aside"):
+    with pytest.raises(StoreError, match=r"leave it aside: --modalities rna adt"):
         require_known_features(store, loaded.modalities)
     view = select_modalities(store, ["rna", "adt"])
     embed_store(loaded, view, tmp_path / "o.h5mu", run="r", per_modality=True)

@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.utils import make_index_unique
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, name_argument
 from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.imputation_question import COUNTS, LOG_SHARES, LOWER, UPPER, VALUES
 from clue_dist.inference.query import holds_training_cells
@@ -126,7 +126,7 @@ def correlate_rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _read_answer(path: Path) -> ad.AnnData:
     """The imputed values; those of an .h5ad stay on the disk."""
-    where = f"--imputed {path}"
+    where = name_argument("imputed", path)
     if not path.exists():
         raise ConfigError("no imputed values here", where=where, fix="make them with `clue impute`")
     try:
@@ -159,7 +159,7 @@ def _match_values(
     if len(found) < 2:
         raise ConfigError(
             "the store has too few of the cells that were imputed",
-            where=f"--truth {store.root}",
+            where=name_argument("truth", store.root),
             got=f"{len(found)} of {answer.n_obs:,} barcodes of {path.name} with {modality}",
             expected="2 or more",
             fix="name the store whose cells were imputed, with the modality measured",

@@ -19,7 +19,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, name_argument
 from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.inference.report.facts import (
     RunFacts,
@@ -87,7 +87,11 @@ def write_report(
         raise ConfigError("no run here", where=f"--run {run}", got="no config.json", fix=fix)
     if (imputed is None) != (truth is None):
         what = "imputed values are compared with the counts of a store"
-        raise ConfigError(what, where="--imputed, --truth", fix="give both, or neither")
+        raise ConfigError(
+            what,
+            where=" and ".join(map(name_argument, ("imputed", "truth"))),
+            fix="give both, or neither",
+        )
     # What can be refused comes before what takes minutes, and nothing is written before the end.
     folder, figures, facts = run / "report", Figures(), read_run_facts(run)
     sections = read_sections(folder / PAGE_FILE)

@@ -11,7 +11,7 @@ import mudata as md
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, name_argument
 from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.cells.memory_obs import name_values
 from clue_dist.inference.embed import KEY, OBSERVED_COLUMN
@@ -91,7 +91,7 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Embed
     Raises:
         ConfigError: no such file, or no embedding in it.
     """
-    where = f"--embedding {path}"
+    where = name_argument("embedding", path)
     if not path.exists():
         raise ConfigError("no embedding here", where=where, fix="make one with `clue embed`")
     try:
