@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clue_dist.errors import ConfigError, list_names, name_argument, suggest_names
+from clue_dist.errors import ConfigError, list_names, name_argument
 from clue_dist.inference.cells import Cells
-from clue_dist.inference.cells.memory_obs import name_value, name_values
+from clue_dist.inference.cells.memory_obs import name_value, read_named_column
 from clue_dist.inference.cells.named_counts import list_chosen
 from clue_dist.inference.imputation_question import (
     AVERAGE,
@@ -121,15 +121,7 @@ def write_differences(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
 
 def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) -> np.ndarray:
     """The group of each cell, (N,) names; "" of those without, or without a source."""
-    obs = cells.read_obs()
-    if not (isinstance(choices.groupby, str) and choices.groupby in obs):
-        raise ConfigError(
-            "obs has no such column",
-            where=name_argument("groupby", choices.groupby),
-            got=f"columns: {list_names(obs.columns, 30) or 'none'}",
-            fix=suggest_names(choices.groupby, list(map(str, obs.columns))),
-        )
-    names = name_values(obs[choices.groupby])
+    names = read_named_column(cells.read_obs(), "groupby", choices.groupby, "obs")
     labels = np.full(len(names), "", object)
     labels[shown] = names[shown]
     return labels

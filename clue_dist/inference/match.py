@@ -29,9 +29,9 @@ from clue_dist.inference.reference_cells import (
 from clue_dist.neighbours.pair_confidence import FEWEST_PAIRS, PairConfidence, fit_pair_confidence
 from clue_dist.neighbours.partner_settings import PartnerSettings
 from clue_dist.neighbours.partners import find_partners
+from clue_dist.store.batch_vocabulary import BATCH
 
 PAIR_FORMATS = (".npz", *TABLE_FORMATS)
-_BATCH = "batch"  # column of obs
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,14 +198,14 @@ def _select_rows(profiles: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 def _read_batches(obs: pd.DataFrame) -> np.ndarray:
     """The batch of each cell, (N,) names, "" where unknown; warns of these."""
-    if _BATCH not in obs:
+    if BATCH not in obs:
         raise ConfigError(
             "the batches of the cells are not known, within which to match",
             got=f"columns of obs: {list_names(obs.columns) or 'none'}",
             fix="name the column that holds the batch: --batch-key at conversion, batch_key= in "
             "Python; or match among all cells",
         )
-    batches = name_values(obs[_BATCH])
+    batches = name_values(obs[BATCH])
     if n_unknown := int((batches == "").sum()):
         warn_of_cells(f"no partner for {format_count(n_unknown, 'cell')} whose batch is not known")
     return batches

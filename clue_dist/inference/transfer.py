@@ -8,16 +8,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from clue_dist.errors import (
-    ConfigError,
-    DataError,
-    format_count,
-    list_names,
-    name_argument,
-    suggest_names,
-)
+from clue_dist.errors import DataError, format_count
 from clue_dist.inference.cells import Cells
-from clue_dist.inference.cells.memory_obs import name_values
+from clue_dist.inference.cells.memory_obs import read_named_column
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import require_table_path, write_table
@@ -99,15 +92,7 @@ def write_labels(labels: pd.DataFrame, out: Path) -> None:
 
 def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
     """The labels of the reference cells, (R,) names, "" where there is none, or "unknown"."""
-    obs = reference.read_obs()
-    if not (isinstance(label_key, str) and label_key in obs):
-        raise ConfigError(
-            "the reference has no such column of labels",
-            where=name_argument("label_key", label_key),
-            got=list_names(obs.columns) or "no columns",
-            fix=suggest_names(label_key, list(map(str, obs.columns))),
-        )
-    labels = name_values(obs[label_key])
+    labels = read_named_column(reference.read_obs(), "label_key", label_key, "obs of the reference")
     labels[labels == UNKNOWN_LABEL] = ""
     if mark_labelled_cells(labels).sum() < 2:
         raise DataError(

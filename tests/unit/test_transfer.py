@@ -252,12 +252,14 @@ def test_reference_cells_are_seen_as_queries_with_one_modality_are(store):
 
 def test_a_column_that_is_not_there_and_no_labels_are_refused(store, loaded, tmp_path):
     cells = open_cells(store, loaded)
-    with pytest.raises(ConfigError, match="no such column of labels"):
+    with pytest.raises(ConfigError, match="obs of the reference has no such column"):
         label_cells(loaded, cells, cells, "leiden")
-    with pytest.raises(ConfigError, match=r"no such column of labels(.|\n)*did you mean cell_type"):
+    with pytest.raises(
+        ConfigError, match=r"obs of the reference has no such column(.|\n)*did you mean cell_type"
+    ):
         label_cells(loaded, cells, cells, ["cell_type"])
     plain = open_cells(make_store(tmp_path / "plain.zarr", cells=CELLS, labels=0), loaded)
-    with pytest.raises(ConfigError, match="no such column of labels"):
+    with pytest.raises(ConfigError, match="obs of the reference has no such column"):
         label_cells(loaded, plain, cells, "cell_type")
     with pytest.raises(ConfigError, match="ending says its format"):
         write_labels(pd.DataFrame(), tmp_path / "labels.txt")

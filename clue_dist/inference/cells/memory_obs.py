@@ -11,7 +11,14 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 
-from clue_dist.errors import DataError, format_count, list_names, suggest_names
+from clue_dist.errors import (
+    ConfigError,
+    DataError,
+    format_count,
+    list_names,
+    name_argument,
+    suggest_names,
+)
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary
 from clue_dist.store.obs_columns import MISSING_TEXTS
@@ -89,6 +96,11 @@ def require_writable_obs(obs: pd.DataFrame, ending: str) -> None:
             got=list_names(obs.index[obs.index.duplicated()].unique()),
             fix="`obs_names_make_unique()` first, or write an .h5ad",
         )
+    _require_writable_values(obs)
+
+
+def _require_writable_values(obs: pd.DataFrame) -> None:
+    """Require that anndata can write each column of objects, by writing it into memory."""
     with h5py.File("obs", "w", driver="core", backing_store=False) as file:
         for name in obs:
             if getattr(obs[name].dtype, "kind", "O") not in "OMm":
@@ -193,6 +205,28 @@ def _choose_columns(
                 fix=suggest_names(column, columns),
             )
     return chosen
+
+
+def read_named_column(obs: pd.DataFrame, argument: str, column: str, owner: str) -> np.ndarray:
+    """Read the names that a column of obs gives to cells, (N,) texts; see `name_values`.
+
+    Args:
+        obs: (N) rows.
+        argument: that the column was given as, for the message.
+        column: its name.
+        owner: of obs, for the message.
+
+    Raises:
+        ConfigError: there is no such column.
+    """
+    if not (isinstance(column, str) and column in obs):
+        raise ConfigError(
+            f"{owner} has no such column",
+            where=name_argument(argument, column),
+            got=f"columns: {list_names(obs.columns, 30) or 'none'}",
+            fix=suggest_names(column, list(map(str, obs.columns))),
+        )
+    return name_values(obs[column])
 
 
 def name_values(values: pd.Series) -> np.ndarray:

@@ -33,6 +33,8 @@ from clue_dist.store.reader import Store
 
 CellSource: TypeAlias = ad.AnnData | md.MuData | Store | str | Path
 
+_FILE_ENDINGS = (".h5ad", ".h5mu")  # of files of cells that are read into memory
+
 
 class Cells(Protocol):
     """The cells that a model is asked about."""
@@ -129,25 +131,15 @@ def open_source(
     if not isinstance(source, (str, Path)):
         return source
     path = str(source)
-    ending = Path(path).suffix
-    if ending not in (".h5ad", ".h5mu"):
-        if "://" not in path and (file := parse_path(path)).is_file():
-            raise DataError(
-                "not a file that cells are read from",
-                where=file,
-                expected=".h5ad, .h5mu, or the folder of a store",
-                fix=f"unpack it: `gunzip {file.name}`"
-                if ending == ".gz"
-                else f"`python -m data_prep doctor {file.name}` says how it becomes a store",
-            )
-        if "://" not in path and _is_zarr_of_cells(parse_path(path)):
-            raise DataError(
-                "a Zarr folder of anndata or mudata, and no store",
-                where=path,
-                expected=".h5ad, .h5mu, or the folder of a store",
-                fix=f"give the cells themselves, `anndata.read_zarr({path!r})`",
-            )
-        return Store(path)
+    if Path(path).suffix in _FILE_ENDINGS:
+        return _read_file(path, arguments, leave_counts)
+    if "://" not in path:
+        _refuse_other_formats(parse_path(path))
+    return Store(path)
+
+
+def _read_file(path: str, arguments: ArgumentNames, leave_counts: bool) -> ad.AnnData | md.MuData:
+    """Read an .h5ad or .h5mu; its counts may stay in it."""
     file = parse_path(path)
     if not file.is_file():
         name, equals, _ = path.partition("=")
@@ -159,7 +151,7 @@ def open_source(
         )
     try:
         backed = "r" if leave_counts else None
-        if ending == ".h5mu":
+        if file.suffix == ".h5mu":
             with silence_mudata():
                 return md.read_h5mu(file, backed=backed)
         return ad.read_h5ad(file, backed=backed)
@@ -171,6 +163,27 @@ def open_source(
             got=reason,
             fix="`python -m data_prep doctor FILE` says what is wrong with it",
         ) from error
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Refuse what is no store, but a file of cells, or a folder, that has to become one."""
+    expected = f"{', '.join(_FILE_ENDINGS)}, or the folder of a store"
+    if path.is_file():
+        raise DataError(
+            "not a file that cells are read from",
+            where=path,
+            expected=expected,
+            fix=f"unpack it: `gunzip {path.name}`"
+            if path.suffix == ".gz"
+            else f"`python -m data_prep doctor {path.name}` says how it becomes a store",
+        )
+    if _is_zarr_of_cells(path):
+        raise DataError(
+            "a Zarr folder of anndata or mudata, and no store",
+            where=path,
+            expected=expected,
+            fix=f"give the cells themselves, `anndata.read_zarr({str(path)!r})`",
+        )
 
 
 def _is_zarr_of_cells(folder: Path) -> bool:
@@ -268,7 +281,7 @@ def _open_tables(source: object) -> ad.AnnData | md.MuData | None:
     """Read obs and var of cells that are in no store yet; None of what is no single file."""
     if isinstance(source, (ad.AnnData, md.MuData)):
         return source
-    if not isinstance(source, (str, Path)) or Path(source).suffix not in (".h5ad", ".h5mu"):
+    if not isinstance(source, (str, Path)) or Path(source).suffix not in _FILE_ENDINGS:
         return None
     if not parse_path(str(source)).is_file():  # `rna=cells.h5ad`, or a mistake
         return None
