@@ -131,6 +131,11 @@ def name_argument(name: str, given: object = None) -> str:
     return f"{option}{'' if given is None else f' {given}'}, in Python `{name}`"
 
 
+def shorten_error(error: BaseException) -> str:
+    """Take the first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def list_names(names: Iterable[object], limit: int = 10) -> str:
     """Write down the first `limit` names, then how many more there are."""
     names = list(names)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from clue_dist.errors import ConfigError, DataError, format_count
+from clue_dist.errors import ConfigError, DataError, format_count, shorten_error
 from clue_dist.files import parse_path
 from clue_dist.process import print_error
 from clue_dist.store.manifest import is_store
@@ -58,7 +58,7 @@ def read_cell_names(path: Path) -> pd.Index:
         raise DataError(
             "the names of its cells cannot be read",
             where=f"--like {path}",
-            got=next(iter(str(error).splitlines()), type(error).__name__),
+            got=shorten_error(error),
             expected=".h5ad, .h5mu, .zarr, or a text with a barcode on each line",
         ) from error
 

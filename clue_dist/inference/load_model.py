@@ -14,7 +14,7 @@ from clue_dist.checkpoint.run_folder import (
     load_weights,
 )
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError, format_count
+from clue_dist.errors import ResumeError, format_count, shorten_error
 from clue_dist.model.clue import CLUE, build_model
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.batch_vocabulary import NO_BATCHES, BatchVocabulary
@@ -100,7 +100,7 @@ def _make_model(run: Path, card: ModelCard, config: Config) -> CLUE:
         raise ResumeError(
             "the model of these settings cannot be made",
             where=run,
-            got=str(error).partition("\n")[0],
+            got=shorten_error(error),
             fix="restore config.json and model.json as training wrote them",
         ) from None
 

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import ClueError, ConfigError, DataError, list_names
+from clue_dist.errors import ClueError, ConfigError, DataError, list_names, shorten_error
 from clue_dist.files import parse_path
 from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.cells import ArgumentNames, Cells, CellSlice, CellSource, open_cells
@@ -183,7 +183,7 @@ def _read_embedding(source: str | Path, trained_model: TrainedModel) -> ad.AnnDa
         raise DataError(
             "the embedding cannot be read",
             where=path,
-            got=str(error).partition("\n")[0],
+            got=shorten_error(error),
             fix="make it again with `clue embed --per-modality`",
         ) from error
     expected = dict.fromkeys(trained_model.modalities, trained_model.latent)

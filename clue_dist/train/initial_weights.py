@@ -10,7 +10,14 @@ from clue_dist.checkpoint.kept_config import load_kept_config
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import UNFIT, find_damage, list_checkpoints, read_weights
 from clue_dist.config import Config
-from clue_dist.errors import ConfigError, ResumeError, format_count, list_names, name_argument
+from clue_dist.errors import (
+    ConfigError,
+    ResumeError,
+    format_count,
+    list_names,
+    name_argument,
+    shorten_error,
+)
 from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import initialise_model
 from clue_dist.model.modality_spec import specify_modalities
@@ -78,7 +85,7 @@ class WarmStart:
             raise ResumeError(
                 "the weights to begin with do not fit the model of these settings",
                 where=self.weights,
-                got=str(error).partition("\n")[0],
+                got=shorten_error(error),
                 fix=_name_config(self.run),
             ) from error
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.data.batch import Batch
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, shorten_error
 from clue_dist.files import parse_path
 from clue_dist.inference.cells.argument_names import OPEN_CELLS, ArgumentNames
 from clue_dist.inference.cells.memory_cells import collect_memory_cells
@@ -156,7 +156,7 @@ def _read_file(path: str, arguments: ArgumentNames, leave_counts: bool) -> ad.An
                 return md.read_h5mu(file, backed=backed)
         return ad.read_h5ad(file, backed=backed)
     except (OSError, KeyError, ValueError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = shorten_error(error)
         raise DataError(
             "the file cannot be read",
             where=file,

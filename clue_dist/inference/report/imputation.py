@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.utils import make_index_unique
 
-from clue_dist.errors import ConfigError, name_argument
+from clue_dist.errors import ConfigError, name_argument, shorten_error
 from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.imputation_question import COUNTS, LOG_SHARES, LOWER, UPPER, VALUES
 from clue_dist.inference.query import holds_training_cells
@@ -140,7 +140,7 @@ def _read_answer(path: Path) -> ad.AnnData:
         raise ConfigError(
             "the imputed values cannot be read",
             where=where,
-            got=next(iter(str(error).splitlines()), type(error).__name__),
+            got=shorten_error(error),
             fix="make them with `clue impute`",
         ) from error
     return answer

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
@@ -61,7 +61,7 @@ class Confusion:
     labels: list[str]
     counts: list[list[int]]  # by true label, then by label given
     accuracy: float
-    n_cells: int = field(default=0)
+    n_cells: int
 
 
 @contextmanager

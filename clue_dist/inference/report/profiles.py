@@ -11,7 +11,7 @@ import mudata as md
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import ConfigError, name_argument
+from clue_dist.errors import ConfigError, name_argument, shorten_error
 from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.cells.memory_obs import name_values
 from clue_dist.inference.embed import KEY, OBSERVED_COLUMN
@@ -98,7 +98,7 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Embed
         with silence_mudata():
             table = _read_mudata(path) if path.suffix == ".h5mu" else _read_anndata(path)
     except UNREADABLE as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = shorten_error(error)
         raise ConfigError("the embedding cannot be read", where=where, got=reason) from error
     if not table.latents:
         raise ConfigError("no embedding in this file", where=where, expected=f"obsm[{KEY!r}]")
