@@ -86,6 +86,12 @@ class SparseCounts:
         # Nothing of it is checked a second time: whoever wrote `indptr` knows the lengths.
         return torch.segment_reduce(values, "sum", lengths=self.indptr.diff(), unsafe=True)
 
+    def sum_rows_of_each(self, values: Tensor) -> Tensor:
+        """Sum several values per non-zero by row: (..., nnz) -> (S, n), one after the other."""
+        # Sums over the last axis of a matrix are far slower than those of vectors.
+        n_sources = values.shape[:-1].numel()  # which -1 could not stand for where no entry is
+        return torch.stack([self.sum_rows(one) for one in values.reshape(n_sources, -1)])
+
 
 # A tensor is (n, features) float32: the store keeps the modality dense, or dense counts are wanted.
 Counts = SparseCounts | Tensor

@@ -203,10 +203,16 @@ class _SumsOfOdds(torch.autograd.Function):
         ctx: Any, by_query: Tensor, by_key: Tensor | None
     ) -> tuple[Tensor, Tensor, None, None, None, None]:
         queries, keys, over_keys, over_queries = ctx.saved_tensors
-        gradient = over_keys * by_query.unsqueeze(-1)  # of each logit
-        if by_key is not None:
+        by_query = by_query.unsqueeze(-1)
+        # The narrow matrix goes first, as CPUs multiply by it from the left in less time.
+        if by_key is None:
+            of_queries = by_query * (keys.mT @ over_keys.mT).mT
+            of_keys = ((by_query * queries).mT @ over_keys).mT
+        else:
+            gradient = over_keys * by_query  # of each logit
             gradient.addcmul_(over_queries, by_key.unsqueeze(-2))
-        return gradient @ keys, gradient.mT @ queries, None, None, None, None
+            of_queries, of_keys = (keys.mT @ gradient.mT).mT, (queries.mT @ gradient).mT
+        return of_queries, of_keys, None, None, None, None
 
 
 def _sum_over_ranks(sums: list[Tensor], world: int) -> list[Tensor]:

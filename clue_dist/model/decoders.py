@@ -14,11 +14,7 @@ from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
 from clue_dist.model.entry_kernels import copy_selected_entries
 from clue_dist.model.fused import FUSED_LIKELIHOODS, can_fuse
 from clue_dist.model.layers import MLP
-from clue_dist.model.likelihoods import (
-    LIKELIHOODS,
-    LikelihoodParameters,
-    compute_log_likelihood,
-)
+from clue_dist.model.likelihoods import LIKELIHOODS, LikelihoodParameters
 from clue_dist.model.noise import Noise
 
 BATCH_WIDTH = 16  # components that describe a biological batch to the decoder
@@ -117,9 +113,9 @@ class Decoder(nn.Module):
         if self.fused_name and can_fuse(parameters.rate):
             return scale * self._score_by_kernels(self.fused_name, counts, parameters, features)
         if features is None:
-            return compute_log_likelihood(self.likelihood, counts, parameters)
+            return self.likelihood.score_profiles(counts, parameters)
         counts = select_features(counts, features)
-        return scale * compute_log_likelihood(self.likelihood, counts, parameters)
+        return scale * self.likelihood.score_profiles(counts, parameters)
 
     def compare_with_mean(
         self, z: Tensor, batch_code: Tensor, counts: Counts, features: Tensor | None = None
@@ -132,7 +128,7 @@ class Decoder(nn.Module):
         decoded = self.compute_parameters(z, levels, library, features=features)
         counts = counts if features is None else select_features(counts, features)
         ln_p, ln_p_of_mean = (
-            compute_log_likelihood(self.likelihood, counts, parameters)
+            self.likelihood.score_profiles(counts, parameters)
             for parameters in (decoded, self.likelihood.average_cells(decoded))
         )
         scale = 1.0 if features is None else self.n_features / len(features)
@@ -145,7 +141,7 @@ class Decoder(nn.Module):
         parameters: LikelihoodParameters,
         features: Tensor | None,
     ) -> Tensor:
-        """What `compute_log_likelihood` gives of the features, on a GPU."""
+        """What `Likelihood.score_profiles` gives of the features, on a GPU."""
         from clue_dist.model.fused.likelihood import score_counts
 
         return score_counts(likelihood, counts, *parameters, features)

@@ -79,8 +79,10 @@ class CrossEncoderHeads(nn.Module):
         weight, bias = affine().fold_into(*self.select_weights(source))
         if n_whole is None:
             return self.arrange_outputs(torch.baddbmm(bias, h, weight))
-        # The gradient of a split is put together in one piece, that of slices is not.
-        whole, others = h.split([n_whole, h.shape[1] - n_whole], 1)
+        # The gradient of a split is put together in one piece, that of slices is not. That of the
+        # weights takes half the time where what they read lies in one piece.
+        parts = h.split([n_whole, h.shape[1] - n_whole], 1)
+        whole, others = (part.contiguous() for part in parts)
         outputs = self.arrange_outputs(torch.baddbmm(bias, whole, weight))
         weight, bias = (self._select_outputs(values, 1, n_means) for values in (weight, bias))
         means = torch.baddbmm(bias, others, weight)

@@ -27,7 +27,7 @@ from clue_dist.model.moments import (
     compute_moments,
     estimate_inverse_dispersions,
 )
-from clue_dist.model.negative_binomial import compute_log_rising_factorial, sum_log_zeros
+from clue_dist.model.negative_binomial import compute_log_rising_factorial, sum_log_probabilities
 from clue_dist.normalise import Rows, sum_columns
 
 MAX_LOG_DISPERSION = 7.0  # a negative binomial with r = 1,100 is as good as a Poisson
@@ -97,18 +97,18 @@ class Likelihood(ABC):
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p(x) - ln p(0), up to terms without parameters."""
 
-    def sum_log_zeros(self, parameters: LikelihoodParameters) -> Tensor:
-        """The sum of ln p(0) over features, (n,) or (..., n)."""
-        return self.compute_log_zero(parameters).sum(-1)
-
     def score_values(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p of each value, (n, F) or (..., n, F); values: (n, F)."""
         return self.compute_log_zero(parameters) + self.compute_log_gain(values, parameters)
 
-    def score_dense(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
-        """ln p of n profiles, (n,) or (..., n); values: (n, F)."""
-        gain = self.compute_log_gain(values, parameters)
-        return self.sum_log_zeros(parameters) + gain.sum(-1)
+    def score_profiles(self, counts: Counts, parameters: LikelihoodParameters) -> Tensor:
+        """ln p of n profiles, (n,) or (..., n)."""
+        if isinstance(counts, Tensor):
+            return self.score_values(counts, parameters).sum(-1)
+        everywhere = self.compute_log_zero(parameters).sum(-1)
+        entries = parameters.gather_entries(counts.entry_rows, counts.indices.long())
+        gain = self.compute_log_gain(counts.values, entries)
+        return everywhere + counts.sum_rows_of_each(gain).view_as(everywhere)
 
     @abstractmethod
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
@@ -150,9 +150,9 @@ class NegativeBinomial(Likelihood):
         theta = parameters.theta.clamp(max=MAX_LOG_DISPERSION)
         return -theta.exp() * F.softplus(parameters.log_mean - theta)
 
-    def sum_log_zeros(self, parameters: LikelihoodParameters) -> Tensor:
+    def score_profiles(self, counts: Counts, parameters: LikelihoodParameters) -> Tensor:
         r = parameters.theta.clamp(max=MAX_LOG_DISPERSION).exp()
-        return sum_log_zeros(parameters.rate, r, parameters.library)
+        return sum_log_probabilities(parameters.rate, r, parameters.library, counts)
 
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         theta = parameters.theta.clamp(max=MAX_LOG_DISPERSION)
@@ -191,8 +191,8 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
             F.logsigmoid(-parameters.gate) + super().compute_log_zero(parameters),
         )
 
-    def sum_log_zeros(self, parameters: LikelihoodParameters) -> Tensor:
-        return Likelihood.sum_log_zeros(self, parameters)
+    def score_profiles(self, counts: Counts, parameters: LikelihoodParameters) -> Tensor:
+        return Likelihood.score_profiles(self, counts, parameters)
 
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         assert parameters.gate is not None
@@ -281,9 +281,6 @@ class Normal(Likelihood):
         scaled = (values - parameters.rate) * (-parameters.theta).exp()
         return -0.5 * scaled**2 - parameters.theta
 
-    def score_dense(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
-        return self.score_values(values, parameters).sum(-1)
-
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
         return parameters.rate
 
@@ -321,21 +318,6 @@ def _average_logits(logits: Tensor) -> Tensor:
     # In float32 a probability may round to 0 or 1, of which the logit is infinite.
     probability = torch.sigmoid(logits).mean(0, keepdim=True).clamp(1e-30, 1 - 2**-24)
     return torch.logit(probability).expand_as(logits)
-
-
-def compute_log_likelihood(
-    likelihood: Likelihood, counts: Counts, parameters: LikelihoodParameters
-) -> Tensor:
-    """ln p of n profiles in nats, (n,), or (..., n) for several z of each cell."""
-    if isinstance(counts, Tensor):
-        return likelihood.score_dense(counts, parameters)
-    everywhere = likelihood.sum_log_zeros(parameters)
-    entries = parameters.gather_entries(counts.entry_rows, counts.indices.long())
-    gain = likelihood.compute_log_gain(counts.values, entries)
-    # Row by row in a vector: sums over the last axis of a matrix are far slower.
-    n_sources = gain.shape[:-1].numel()  # which -1 could not stand for where no entry is
-    by_source = [counts.sum_rows(one) for one in gain.reshape(n_sources, -1)]
-    return everywhere + torch.stack(by_source).view_as(everywhere)
 
 
 def compute_log1p_mean(

@@ -80,7 +80,7 @@ class GeneralisedProduct(nn.Module):
         """Move the running mean towards the mean of this micro-batch's cells on all ranks."""
         information = compute_information(mean, log_var) * observed
         sums = torch.stack([information.sum(0), observed.float().sum(0)])  # (2, K)
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         nats, cells = sums
         recent = nats / cells.clamp_min(1)

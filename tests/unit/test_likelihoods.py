@@ -14,11 +14,7 @@ from clue_dist.config import Config, DecoderConfig, LikelihoodName
 from clue_dist.data.batch import SparseCounts, compute_library_size
 from clue_dist.model import decoders
 from clue_dist.model.decoders import Decoder, OutputLayer, SecondParameter, select_features
-from clue_dist.model.likelihoods import (
-    LIKELIHOODS,
-    LikelihoodParameters,
-    compute_log_likelihood,
-)
+from clue_dist.model.likelihoods import LIKELIHOODS, LikelihoodParameters
 from clue_dist.train.schedule import compute_learning_rate
 
 N, M = 7, 23
@@ -81,9 +77,7 @@ def test_the_config_names_the_likelihoods_that_exist() -> None:
 def test_equals_scipy(name: str) -> None:
     x = counts() if name != "normal" else np.random.default_rng(2).normal(size=(N, M))
     p = params(name, np.abs(x))
-    log_likelihood = compute_log_likelihood(
-        LIKELIHOODS[name], torch.tensor(x, dtype=torch.float32), p
-    )
+    log_likelihood = LIKELIHOODS[name].score_profiles(torch.tensor(x, dtype=torch.float32), p)
     np.testing.assert_allclose(log_likelihood.numpy(), oracle(name, x, p), rtol=2e-5)
 
 
@@ -92,7 +86,7 @@ def test_values_far_from_zero_are_scored_as_in_float64() -> None:
     p = params("normal", counts())
     p = p._replace(rate=p.rate.add(1000), theta=0.1 * p.theta)
     values = torch.randn(N, M, generator=torch.Generator().manual_seed(0)) + 1000
-    found = compute_log_likelihood(LIKELIHOODS["normal"], values, p)
+    found = LIKELIHOODS["normal"].score_profiles(values, p)
     np.testing.assert_allclose(found, oracle("normal", values.double().numpy(), p), rtol=1e-5)
 
 
@@ -103,7 +97,7 @@ def test_sparse_equals_dense_with_its_gradient(name: str) -> None:
     for profile in (torch.tensor(x, dtype=torch.float32), sparse(x)):
         p = params(name, x)
         p = p._replace(rate=p.rate.requires_grad_(), theta=p.theta.requires_grad_())
-        value = compute_log_likelihood(LIKELIHOODS[name], profile, p)
+        value = LIKELIHOODS[name].score_profiles(profile, p)
         value.sum().backward()
         values.append(value.detach())
         grads.append((p.rate.grad, p.theta.grad))
@@ -121,8 +115,8 @@ def test_at_most_probable_counts_the_likelihood_peaks() -> None:
     for name in ("nb", "poisson"):
         p = LikelihoodParameters(best, torch.zeros(M), library)
         near, far = (
-            compute_log_likelihood(LIKELIHOODS[name], sparse(x), p),
-            compute_log_likelihood(LIKELIHOODS[name], sparse(x), p._replace(rate=best + 1.5)),
+            LIKELIHOODS[name].score_profiles(sparse(x), p),
+            LIKELIHOODS[name].score_profiles(sparse(x), p._replace(rate=best + 1.5)),
         )
         assert near.sum() > far.sum()
 
@@ -164,7 +158,7 @@ def test_a_short_training_finds_the_dispersions() -> None:
         rows = torch.tensor(rng.integers(0, n_cells, 128))
         p = LikelihoodParameters(share[rows].logit(), theta(None), torch.full((128, 1), 1000.0))
         optimizer.zero_grad()
-        (-compute_log_likelihood(LIKELIHOODS["nb"], values[rows], p).mean()).backward()
+        (-LIKELIHOODS["nb"].score_profiles(values[rows], p).mean()).backward()
         optimizer.step()
     found = theta.weight.detach().numpy()
     assert np.abs(np.median(found) - np.log(r)) < 0.1
@@ -233,12 +227,10 @@ def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(
     gate = torch.full((N, M), -30.0) if name == "zinb" else None
     log_r = torch.full((M,), theta, requires_grad=True)
     rate, library = torch.full((N, M), -3.0), torch.full((N, 1), 20.0)
-    log_likelihood = compute_log_likelihood(
-        LIKELIHOODS[name], x, LikelihoodParameters(rate, log_r, library, gate)
+    log_likelihood = LIKELIHOODS[name].score_profiles(
+        x, LikelihoodParameters(rate, log_r, library, gate)
     )
-    want = compute_log_likelihood(
-        LIKELIHOODS["poisson"], x, LikelihoodParameters(rate, log_r, library)
-    )
+    want = LIKELIHOODS["poisson"].score_profiles(x, LikelihoodParameters(rate, log_r, library))
     torch.testing.assert_close(log_likelihood, want, rtol=0.01, atol=0.3)
     log_likelihood.sum().backward()
     assert (log_r.grad == 0).all()
@@ -249,9 +241,5 @@ def test_softplus_form_stays_finite_for_extreme_rates() -> None:
         torch.tensor([[-200.0, 200.0]]), torch.tensor([-10.0, 10.0]), torch.tensor([[1e6]])
     )
     for name in ("nb", "poisson", "bernoulli"):
-        assert (
-            compute_log_likelihood(LIKELIHOODS[name], torch.tensor([[0.0, 5.0]]), p)
-            .isfinite()
-            .all()
-        )
+        assert LIKELIHOODS[name].score_profiles(torch.tensor([[0.0, 5.0]]), p).isfinite().all()
     assert F.logsigmoid(torch.tensor(-200.0)).isfinite()

@@ -1,6 +1,6 @@
 """ln p of profiles at scored features, forward and backward, without a dense target.
 
-The PyTorch twin is `model.likelihoods.compute_log_likelihood`, after `select_features`. These
+The PyTorch twin is `model.likelihoods.Likelihood.score_profiles`, after `select_features`. These
 kernels walk over all non-zeros of a cell and pass over those of features that are not scored, so
 that nobody need know how many there are. Two passes over the parameters are all that is left: one
 reads them, one reads them again and writes their gradient. Of dense profiles the scored columns are
@@ -226,7 +226,7 @@ def _log_gain_of_nb(x, rate, theta, log_library):
 @triton.jit
 def _log_dense(x, rate, theta, gate, log_library, KIND: tl.constexpr):
     """ln p(x), its derivatives by rate, by theta and by gate."""
-    if KIND == NORMAL:  # not as a difference, see `model.likelihoods.Normal.score_dense`
+    if KIND == NORMAL:  # not as a difference, see `model.likelihoods.Normal.score_values`
         precision = tl.exp(-theta)
         scaled = (x - rate) * precision
         return -0.5 * scaled * scaled - theta, scaled * precision, scaled * scaled - 1.0, x * 0.0

@@ -13,7 +13,7 @@ from clue_dist.config import ModelConfig
 from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
 from clue_dist.model.decoders import select_features
 from clue_dist.model.fused import FUSED_LIKELIHOODS
-from clue_dist.model.likelihoods import LIKELIHOODS, LikelihoodParameters, compute_log_likelihood
+from clue_dist.model.likelihoods import LIKELIHOODS, LikelihoodParameters
 from clue_dist.model.noise import Noise
 from clue_dist.model.trunk import Projection, normalise_counts
 from tests.benchmarks.gpu.clock import time_calls
@@ -151,7 +151,7 @@ def _compare_scores(name: str, counts: Counts, features: Tensor) -> dict[str, fl
 
     def score_plainly() -> Tensor:
         picked = select_features(counts, features)
-        return compute_log_likelihood(LIKELIHOODS[name], picked, parameters)
+        return LIKELIHOODS[name].score_profiles(picked, parameters)
 
     def score_fused() -> Tensor:
         return score_counts(name, counts, *parameters, features)

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clue_dist.losses import objective
-from clue_dist.model import clue, decoders, discriminator, encoders, noise, trunk
+from clue_dist.model import clue, decoders, discriminator, encoders, likelihoods, noise, trunk
 from clue_dist.train.engine import AdamW
 from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
@@ -36,7 +36,7 @@ PARTS: dict[tuple[Any, str], str] = {
     (clue.CLUE, "_mix_pairs"): "mixtures",
     (decoders.Decoder, "compute_parameters"): "decoders",
     (decoders, "select_features"): "likelihood",
-    (decoders, "compute_log_likelihood"): "likelihood",
+    (likelihoods.NegativeBinomial, "score_profiles"): "likelihood",
     (discriminator.Discriminator, "forward"): "discriminator",
     (objective, "compute_info_nce"): "InfoNCE",
     (objective.Objective, "_compute_terms"): "other terms",
