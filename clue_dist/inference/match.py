@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from clue_dist.errors import ConfigError, format_count, list_names
+from clue_dist.errors import ConfigError, format_count, list_names, name_argument
 from clue_dist.inference.cells import Cells, StoreCells
 from clue_dist.inference.cells.memory_obs import name_values
 from clue_dist.inference.cells.named_counts import warn_of_cells
@@ -162,7 +162,7 @@ def _require_modalities(
             if reference is None
             else f"one of {list_names(cells.modalities)}, and one of the reference's "
             f"{list_names(known)}",
-            fix="name cells with the other modality, `reference`"
+            fix=f"name cells with the other modality: {name_argument('reference')}"
             if reference is None and len(known) == 1
             else None,
         )

@@ -108,7 +108,8 @@ def require_known_features(store: Store, modalities: dict[str, Modality]) -> Non
                 where=where,
                 got=name,
                 expected=list_names(modalities),
-                fix=f"leave it aside: {name_argument('modalities', ' '.join(shared))}"
+                fix=f"leave it aside: --modalities {' '.join(shared)}, in Python `modalities=` of "
+                "`embed`"
                 if shared
                 else None,
             )

@@ -20,6 +20,7 @@ from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import new_batches
 from clue_dist.inference.cells.named_counts import CellWarning
 from clue_dist.inference.export import export_run
+from clue_dist.inference.query import select_modalities
 from clue_dist.inference.reference_cells import REFERENCE_FILE, ReferenceCells
 from clue_dist.store.reader import Store
 from tests.stores import make_store
@@ -245,3 +246,14 @@ def test_advice_on_a_file_of_counts_names_what_the_command_takes(
         "convert the cells into a store, where that can be said: `clue prep convert NAME=FILE "
         "--features-from RUN --out STORE`; `--min-known 0` takes the cells all the same"
     )
+
+
+def test_a_reference_may_have_modalities_that_the_model_does_not_know(
+    run: Run, query: Store, tmp_path: Path
+) -> None:
+    cells = {"rna+adt": 70, "rna": 41, "atac": 9}
+    store = make_store(tmp_path / "more.zarr", cells, FEATURES | {"atac": 12}, seed=3)
+    with pytest.warns(CellWarning, match="the model does not know atac"):
+        found = run.transfer(store, query)
+    known = select_modalities(store, ["rna", "adt"])
+    assert_same_answers(found, run.transfer(known, query))

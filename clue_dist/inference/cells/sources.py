@@ -156,11 +156,10 @@ def _read_file(path: str, arguments: ArgumentNames, leave_counts: bool) -> ad.An
                 return md.read_h5mu(file, backed=backed)
         return ad.read_h5ad(file, backed=backed)
     except (OSError, KeyError, ValueError, TypeError) as error:
-        reason = shorten_error(error)
         raise DataError(
             "the file cannot be read",
             where=file,
-            got=reason,
+            got=shorten_error(error),
             fix="`python -m data_prep doctor FILE` says what is wrong with it",
         ) from error
 
