@@ -1,5 +1,7 @@
 """Write the weights of a run, and a card that explains them, into a folder to be shared."""
 
+import argparse
+
 from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.files import parse_path
 from clue_dist.process import run_main
@@ -8,6 +10,25 @@ from clue_dist.ranks import run_on_first_rank
 
 def main() -> None:
     """Export the run that the arguments name, and print the folder."""
+    arguments = _parse_arguments()
+
+    from clue_dist.inference.export import CardTexts, export_run
+
+    def export_model() -> None:
+        export_run(
+            arguments.run or arguments.folder,
+            arguments.out,
+            checkpoint=arguments.checkpoint,
+            scores=arguments.scores,
+            texts=CardTexts(arguments.title, arguments.data, arguments.licence),
+            cells=arguments.with_cells,
+        )
+        print(arguments.out)
+
+    run_on_first_rank(export_model)
+
+
+def _parse_arguments() -> argparse.Namespace:
     parser = build_command_parser("export")
     runs = parser.add_mutually_exclusive_group(required=True)
     runs.add_argument("folder", nargs="?", metavar="RUN", type=parse_path, help="the trained run")
@@ -36,22 +57,7 @@ def main() -> None:
         help="reference cells that travel with the model, a store or an .h5ad of `clue embed "
         "--per-modality`: z and obs, no counts",
     )
-    arguments = parser.parse_args()
-
-    from clue_dist.inference.export import CardTexts, export_run
-
-    def export_model() -> None:
-        export_run(
-            arguments.run or arguments.folder,
-            arguments.out,
-            checkpoint=arguments.checkpoint,
-            scores=arguments.scores,
-            texts=CardTexts(arguments.title, arguments.data, arguments.licence),
-            cells=arguments.with_cells,
-        )
-        print(arguments.out)
-
-    run_on_first_rank(export_model)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
