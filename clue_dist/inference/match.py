@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import ConfigError, format_count, list_names, name_argument
 from clue_dist.inference.cells import Cells, StoreCells
-from clue_dist.inference.cells.memory_obs import name_values
+from clue_dist.inference.cells.memory_obs import NAME_BATCHES, name_values
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import (
@@ -202,8 +202,7 @@ def _read_batches(obs: pd.DataFrame) -> np.ndarray:
         raise ConfigError(
             "the batches of the cells are not known, within which to match",
             got=f"columns of obs: {list_names(obs.columns) or 'none'}",
-            fix="name the column that holds the batch: --batch-key at conversion, batch_key= in "
-            "Python; or match among all cells",
+            fix=f"{NAME_BATCHES}; or match among all cells",
         )
     batches = name_values(obs[BATCH])
     if n_unknown := int((batches == "").sum()):

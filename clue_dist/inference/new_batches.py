@@ -23,6 +23,7 @@ from clue_dist.checkpoint.model_card import read_model_card
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ConfigError, DataError, format_count, list_names
 from clue_dist.inference.cells import Cells, CellSlice
+from clue_dist.inference.cells.memory_obs import NAME_BATCHES
 from clue_dist.inference.export import CardTexts, require_new_folder, write_model_folder
 from clue_dist.inference.load_model import TrainedModel, require_weights
 from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
@@ -115,8 +116,7 @@ def learn_batches(trained_model: TrainedModel, cells: Cells) -> tuple[TrainedMod
             "no cell is of a batch that the model does not know",
             got=list_names(dict.fromkeys(batches.dropna()), 5) or "no batch at all",
             expected=f"batches other than {list_names(known.names, 5)}",
-            fix="name the column that holds the batch: --batch-key at conversion, batch_key= in "
-            "Python",
+            fix=NAME_BATCHES,
         )
     model = copy.deepcopy(trained_model.model)
     vocabulary, added = known.add_batches(cells.batches.choose_batches(names))

@@ -23,6 +23,11 @@ from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary
 from clue_dist.store.obs_columns import MISSING_TEXTS
 
+# What to do where cells do not say of which batch they are.
+NAME_BATCHES = (
+    "name the column that holds the batch: --batch-key at conversion, batch_key= in Python"
+)
+
 
 def collect_obs(source: ad.AnnData | md.MuData) -> pd.DataFrame:
     """Collect the columns of obs, (N) rows, each once.
