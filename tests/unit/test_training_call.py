@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,14 @@ from clue_dist.errors import ClueError, ConfigError
 from clue_dist.resilience.stop_signals import StopFlag
 from data_prep.from_python import ConversionRequest
 from tests.unit.fit_helpers import SMALL, make_mudata
+
+
+@pytest.fixture
+def audible_interrupt() -> Iterator[None]:
+    """Ctrl-C is heard, also where the tests run in the background of a shell, which ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def test_a_folder_that_cannot_hold_a_run_is_refused_before_the_conversion(tmp_path: Path) -> None:
@@ -45,6 +54,7 @@ def test_training_in_a_thread_hears_no_signals() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.usefixtures("audible_interrupt")
 def test_a_flag_knows_whether_a_person_interrupted() -> None:
     for number, interrupted in ((signal.SIGINT, True), (signal.SIGTERM, False)):
         with StopFlag() as stop:
@@ -61,6 +71,7 @@ def test_mistakes_in_settings_come_before_the_cells_are_touched(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("audible_interrupt")
 def test_an_interrupt_saves_and_is_raised(tmp_path: Path) -> None:
     """As the stop button of a notebook does it, once training is under way."""
 
