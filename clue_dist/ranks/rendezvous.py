@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
+from clue_dist.errors import shorten_error
 from clue_dist.process import mark_as_rank, print_error
 from clue_dist.ranks import job
 from clue_dist.ranks.job import MeetingPoint, RankClaim
@@ -75,7 +76,7 @@ def _make_connections(rank: int, world: int, local_rank: int) -> RendezvousConne
     except TimeoutError as error:
         raise point.make_lost_error("no word from rank 0") from error
     except RuntimeError as error:
-        raise point.make_lost_error(_get_first_line(error)) from error
+        raise point.make_lost_error(shorten_error(error)) from error
     return RendezvousConnections(store, store.clone(), point, itertools.count())
 
 
@@ -191,7 +192,7 @@ def exchange_messages(connections: RendezvousConnections, message: bytes) -> lis
         missing = _find_missing(store, sent) or _find_missing(store, received)
         raise point.make_lost_error(f"no word from {job.list_ranks(missing)}") from error
     except RuntimeError as error:
-        raise point.make_lost_error(_get_first_line(error)) from error
+        raise point.make_lost_error(shorten_error(error)) from error
     return cast("list[bytes]", messages)
 
 
@@ -230,7 +231,3 @@ def print_wait(point: MeetingPoint, awaited: Sequence[int]) -> None:
 def _find_missing(store: Any, keys: Sequence[str]) -> list[int]:
     """Find the ranks whose key, of one for each rank, is not written yet."""
     return [rank for rank, key in enumerate(keys) if not store.check([key])]
-
-
-def _get_first_line(error: RuntimeError) -> str:
-    return str(error).partition("\n")[0]

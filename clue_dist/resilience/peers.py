@@ -21,7 +21,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import NoReturn
 
-from clue_dist.errors import ClueError, LostError
+from clue_dist.errors import ClueError, LostError, shorten_error
 from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.bulletin import LATE_AFTER, SIGN_INTERVAL, Bulletin, Failure
@@ -267,7 +267,7 @@ def _make_error(failure: Failure) -> ClueError:
 def _make_lost_error(message: str, evidence: BaseException | None = None) -> LostError:
     return LostError(
         message,
-        got=str(evidence).partition("\n")[0] if evidence is not None else None,
+        got=None if evidence is None else shorten_error(evidence),
         fix="type the same command again, on the machines that are left: "
         "it goes on from the last checkpoint",
     )
