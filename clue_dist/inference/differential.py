@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clue_dist.errors import ConfigError, list_names, name_argument
 from clue_dist.inference.cells import Cells
-from clue_dist.inference.cells.memory_obs import name_value, read_named_column
+from clue_dist.inference.cells.memory_obs import read_named_column
 from clue_dist.inference.cells.named_counts import list_chosen
 from clue_dist.inference.imputation_question import (
     AVERAGE,
@@ -33,6 +33,7 @@ from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, ke
 from clue_dist.number_checks import require_number
 from clue_dist.progress import Progress, show_progress
 from clue_dist.ranks import Ranks
+from clue_dist.store.obs_columns import name_value
 
 # Of the mean share of a feature: what is added to shares, so that features which are hardly there
 # do not differ many times over.

@@ -18,6 +18,17 @@ MISSING_TEXTS = frozenset(
 _LEAST = np.iinfo(np.int64).min
 
 
+def name_value(value: object) -> str:
+    """Name a value of obs that tells cells apart, as a batch or a label.
+
+    Each value is named alone, so that it has one name whatever other values a column holds. 1.0 is
+    called "1", as integers become floats in a column that lacks some.
+    """
+    if isinstance(value, (float, np.floating)) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
 def _require_unique(names: list[str]) -> list[str]:
     """Refuse a list that names something twice; for pydantic."""
     if len(set(names)) < len(names):

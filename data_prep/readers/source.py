@@ -16,7 +16,7 @@ from clue_dist.errors import DataError
 from clue_dist.store.count_rules import limit_rounding
 from clue_dist.store.layout import MAX_BARCODE_BYTES
 from clue_dist.store.location import Location, RemoteLocation
-from clue_dist.store.obs_columns import MISSING_TEXTS
+from clue_dist.store.obs_columns import MISSING_TEXTS, name_value
 from data_prep.readers.zarr_file import identify_zarr
 
 # (n, features), as the file has them: neither validated nor aligned to the store's features.
@@ -45,15 +45,12 @@ class CategoryCodes:
 
     @classmethod
     def encode_values(cls, values: Any) -> CategoryCodes:
-        """Encode a column of any type; 1.0 is the same as 1.
+        """Encode a column of any type, whose values are named by `name_value`.
 
         NaN and empty strings are unknown, and so are the texts that programs make of NaN.
         """
         codes, found = pd.factorize(pd.Series(values))
-        plain = found.categories if isinstance(found, pd.CategoricalIndex) else found
-        if plain.dtype.kind == "f" and all(value % 1 == 0 for value in found):
-            found = found.map(int)  # a column of integers that lacks some becomes one of floats
-        texts = ["" if pd.isna(value) else str(value) for value in found]
+        texts = ["" if pd.isna(value) else name_value(value) for value in found]
         missing = tuple(sorted({text for text in texts if text in MISSING_TEXTS}))
         texts = ["" if text in MISSING_TEXTS else text for text in texts]
         names = sorted({text for text in texts if text})

@@ -72,6 +72,25 @@ def test_batches_are_named_as_in_a_store():
         open_cells(table, LOADED, batch_key="lane")
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.5, 2.0, np.nan, 1.5], ["1.5", "2", "", "1.5"]),
+        ([2.0, np.nan, 1.0, 2.0], ["2", "", "1", "2"]),
+        ([2, 2.0, True, "2"], ["2", "2", "True", "2"]),
+    ],
+)
+def test_each_value_is_named_alone(values, expected):
+    """As in a store, whichever other values of a column are there."""
+    whole = pd.Series(values)
+    assert name_values(whole).tolist() == expected
+    for column in (whole, whole[:2], whole[2:]):
+        stored = CategoryCodes.encode_values(column)
+        named = [[*stored.names, ""][code] for code in stored.codes[:]]
+        assert named == name_values(column).tolist()
+        assert named == [expected[row] for row in column.index]
+
+
 def test_a_text_that_stands_for_a_missing_value_names_nothing():
     """As of `obs["donor"].astype(str)`; a store of these cells knows the same names."""
     values = pd.Series(["d1", None, "d2", np.nan, "d1", ""], dtype=object)

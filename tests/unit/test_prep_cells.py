@@ -256,7 +256,8 @@ def test_codes_of_any_column() -> None:
         codes = CategoryCodes.encode_values(values)
         assert (codes.names, codes.codes.tolist()) == (["a", "b"], [1, -1, 0, -1])
     assert CategoryCodes.encode_values(np.array([2, 10, 2])).names == ["10", "2"]
-    assert CategoryCodes.encode_values(np.array([1.5, np.nan])).names == ["1.5"]
+    for values in ([1.5, 2.0, np.nan], pd.Categorical([1.5, 2.0, np.nan])):
+        assert CategoryCodes.encode_values(values).names == ["1.5", "2"]
     assert CategoryCodes.encode_values(np.array([True, False])).names == ["False", "True"]
 
 

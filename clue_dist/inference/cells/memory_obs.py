@@ -21,7 +21,7 @@ from clue_dist.errors import (
 )
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary
-from clue_dist.store.obs_columns import MISSING_TEXTS
+from clue_dist.store.obs_columns import MISSING_TEXTS, name_value
 
 # What to do where cells do not say of which batch they are.
 NAME_BATCHES = (
@@ -235,17 +235,10 @@ def read_named_column(obs: pd.DataFrame, argument: str, column: str, owner: str)
 
 
 def name_values(values: pd.Series) -> np.ndarray:
-    """Name the values of a column as a store does, (N,) texts.
+    """Name the values of a column as a store does, (N,) texts; see `name_value`.
 
     What is missing is "", and so is the text that a program has made of it.
     """
     codes, found = pd.factorize(values)
     names = ["" if name in MISSING_TEXTS else name for name in map(name_value, found)]
     return np.array([*names, ""], object)[codes]  # -1, missing, is the last
-
-
-def name_value(value: object) -> str:
-    """Name a value as a store does: 1.0 is the same as 1, as of integers of which some lack."""
-    if isinstance(value, (float, np.floating)) and value.is_integer():
-        return str(int(value))
-    return str(value)
