@@ -76,7 +76,7 @@ class Setup:
         }
 
     def agree_on_precision(self, ranks: Ranks) -> Setup:
-        """Train in float32 if any rank found no instructions for bfloat16, so that all round alike.
+        """Train in float32 if any rank gains nothing by bfloat16, so that all round alike.
 
         Args:
             ranks: this rank among all; every rank must call.

@@ -315,7 +315,7 @@ def test_lower_precision_trains_close_to_fp32(folder: Path, lower: str, stage: i
 
 
 def test_ranks_of_unlike_machines_train_in_the_precision_that_all_can(folder: Path) -> None:
-    """The second rank finds no instructions for bfloat16, the first, which speaks, does."""
+    """The second rank gains nothing by bfloat16, the first, which speaks, does."""
     settings = ("train.epochs=2", "log.every=1")
     run(*spawned(2, *train_args(folder, folder / "s.zarr", "alike", *settings)))
     args = train_args(folder, folder / "s.zarr", "unlike", *settings, "train.precision=auto")

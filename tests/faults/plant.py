@@ -16,7 +16,7 @@ saving:RANK:STEP:P    the rank kills itself while the checkpoint of a step is sa
 full:RANK:STEP:P      at P, this rank alone finds its disk full
 pause:SECONDS         every rank waits before each batch, so that a run of few steps lasts, and what
                       happens to it meets it in mid run
-bfloat16:RANK         this rank alone has no instructions for bfloat16
+bfloat16:RANK         this rank alone does not multiply faster in bfloat16
 dump:FOLDER           every rank writes what it begins with: its shards of weights and optimizer
 """
 
@@ -67,8 +67,8 @@ def plant(kind: str, *where: str) -> None:
     if kind == "pause":
         return at_batch(lambda *_: time.sleep(float(where[0])))
     if kind == "bfloat16":
-        has_instructions = Ranks.from_environment().rank != int(where[0])
-        auto_settings.can_multiply_bfloat16 = lambda: has_instructions
+        is_faster = Ranks.from_environment().rank != int(where[0])
+        auto_settings.multiplies_faster_in_bfloat16 = lambda: is_faster
         return None
     if Ranks.from_environment().rank != int(where[0]):
         return None

@@ -11,7 +11,7 @@ from clue_dist.config import Config, DataConfig, ObjectiveConfig
 from clue_dist.errors import ConfigError
 from clue_dist.ranks import Ranks
 from clue_dist.train import auto_settings
-from clue_dist.train.auto_settings import resolve_auto_settings
+from clue_dist.train.auto_settings import resolve_auto_settings, time_products
 from clue_dist.train.setup import prepare_setup
 from tests.stores import make_store
 
@@ -94,19 +94,33 @@ def test_auto_epochs_are_many_for_few_cells_and_one_for_an_atlas() -> None:
 
 
 @pytest.mark.parametrize(
-    ("instructions", "precision"),
-    [({"avx512_bf16": True}, "mixed"), ({"amx_bf16": True}, "mixed"), ({"avx2": True}, "fp32")],
+    ("instruction", "seconds", "precision"),
+    [
+        ("avx512_bf16", [1.0, 2.0], "mixed"),
+        ("amx_bf16", [1.0, 9.0], "mixed"),
+        ("avx512_bf16", [2.0, 1.0], "fp32"),  # Intel's without AMX
+        ("avx2", [1.0, 2.0], "fp32"),
+    ],
 )
-def test_auto_precision_is_lower_where_the_processor_has_instructions_for_it(
-    monkeypatch: pytest.MonkeyPatch, instructions: dict[str, bool], precision: str
+def test_auto_precision_is_lower_where_the_processor_gains_by_it(
+    monkeypatch: pytest.MonkeyPatch, instruction: str, seconds: list[float], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True}, raising=False)
+    monkeypatch.setattr(auto_settings, "time_products", lambda *_: seconds)
     assert resolve_auto_settings(Config(), 500, 2).train.precision == precision
     named = Config(train={"precision": "fp32"})
     assert resolve_auto_settings(named, 500, 2).train.precision == "fp32"
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in earlier versions
     assert resolve_auto_settings(Config(), 500, 2).train.precision == "fp32"
+
+
+def test_products_are_timed_without_a_draw() -> None:
+    """A seed gives the same weights whether or not a precision was named."""
+    before = torch.get_rng_state()
+    float32, float64 = time_products(torch.float32, torch.float64)
+    assert min(float32, float64) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_auto_precision_asks_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +154,7 @@ def test_a_run_older_than_the_rank_of_heads_goes_on_without_it() -> None:
 
 
 def test_a_run_goes_on_in_the_precision_in_which_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_settings, "can_multiply_bfloat16", lambda: True)
+    monkeypatch.setattr(auto_settings, "multiplies_faster_in_bfloat16", lambda: True)
     here, kept = resolve_auto_settings(Config(), 500, 2), Config(train={"precision": "fp32"})
     assert here.train.precision == "mixed"
     assert follow_kept_config(here, kept).train.precision == "fp32"
@@ -152,7 +166,7 @@ def test_ranks_agree_on_the_precision_that_all_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_store(tmp_path / "s.zarr", features={"rna": 30, "adt": 8})
-    monkeypatch.setattr(auto_settings, "can_multiply_bfloat16", lambda: True)
+    monkeypatch.setattr(auto_settings, "multiplies_faster_in_bfloat16", lambda: True)
     setup = prepare_setup(config_of(tmp_path / "s.zarr"), world=2)
     for others, precision in (("mixed", "mixed"), ("fp32", "fp32")):
         monkeypatch.setattr(Ranks, "gather_values", lambda _, own, other=others: [own, other])
