@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.config import MIN_KNOWN
-from clue_dist.errors import format_count, list_names
 from clue_dist.files import parse_path
 from clue_dist.process import postpone_collections, print_error
 from clue_dist.ranks import Ranks
@@ -35,7 +34,10 @@ def build_model_parser(command: str, store: str, out: str) -> argparse.ArgumentP
     parser.add_argument("--out", type=parse_path, required=True, help=out)
     parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
     parser.add_argument(
-        "--modalities", nargs="+", metavar="NAME", help="those of the store to use (default: all)"
+        "--modalities",
+        nargs="+",
+        metavar="NAME",
+        help="those of the store to use (default: all that the model knows)",
     )
     parser.add_argument(
         "--min-known",
@@ -99,33 +101,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def open_query_store(location: str, modalities: Sequence[str] | None, ranks: Ranks) -> Store:
-    """Open the store to embed; rank 0 prints how many cells are left out.
-
-    Args:
-        location: where the store lies.
-        modalities: those to use; by default all.
-        ranks: this process among the others.
-
-    Raises:
-        StoreError: there is no sound store.
-        ConfigError: it has no such modalities.
-    """
-    from clue_dist.inference.query import select_modalities
-    from clue_dist.store.reader import Store
-
-    store = Store(location)
-    if not modalities:
-        return store
-    view = select_modalities(store, modalities)
-    n_left_out = store.manifest.n_cells - view.manifest.n_cells
-    if n_left_out and ranks.is_first:
-        print_error(
-            f"left out: {format_count(n_left_out, 'cell')} without {list_names(modalities)}"
-        )
-    return view
-
-
 def name_file_arguments() -> ArgumentNames:
     """Name what a command takes to read an .h5ad of counts that is given in place of a store."""
     from clue_dist.inference.cells import ArgumentNames
@@ -157,13 +132,16 @@ def open_model_and_store(
     def open_both() -> tuple[TrainedModel, Store]:
         check_arguments()
         with postpone_collections():
+            from clue_dist.inference.cells import choose_modalities
             from clue_dist.inference.load_model import load_model
+            from clue_dist.store.reader import Store
         trained_model = load_model(arguments.run, arguments.checkpoint)
-        return trained_model, open_query_store(arguments.store, arguments.modalities, ranks)
+        store = choose_modalities(Store(arguments.store), trained_model, arguments.modalities)
+        return trained_model, store
 
     ranks = Ranks.from_environment()
-    trained_model, store = ranks.run_before_joining(open_both)
     with _print_cell_warnings(ranks):
+        trained_model, store = ranks.run_before_joining(open_both)
         yield trained_model, store, ranks.join_group()
     ranks.leave_group()
 

@@ -18,7 +18,7 @@ import numpy as np
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError, name_argument
 from clue_dist.files import write_file
-from clue_dist.inference.cells import SegmentSlice, open_store_cells
+from clue_dist.inference.cells import SegmentSlice, choose_modalities, open_store_cells
 from clue_dist.inference.embed import describe_embedding
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import (
@@ -94,6 +94,7 @@ def evaluate_store(
     """
     ranks = ranks or Ranks()
     require_scores_path(out, max_cells)
+    store = choose_modalities(store, trained_model)
     sample = _ScoredSample.choose_cells(store, max_cells)
     asked = open_store_cells(store, trained_model, min_known, sample.count_cells())
     slices = asked.slice_cells(batch_size)

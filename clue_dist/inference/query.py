@@ -31,7 +31,11 @@ def select_modalities(store: Store, names: Sequence[str]) -> Store:
     Raises:
         ConfigError: the store has no such modality, or no cell carries any of them.
     """
-    where = name_argument("modalities", " ".join(names))
+    where = name_argument("modalities", " ".join(map(str, names)))
+    if not names:
+        raise ConfigError(
+            "no modality is asked for", where=where, expected=list_names(store.modalities)
+        )
     if unknown := [name for name in names if name not in store.modalities]:
         raise ConfigError(
             f"{store.name} has no such modality",
@@ -102,16 +106,12 @@ def require_known_features(store: Store, modalities: dict[str, Modality]) -> Non
     for name, modality in store.manifest.modalities.items():
         where = f"{store.name}: modality {name}"
         if name not in modalities:
-            shared = [known for known in store.modalities if known in modalities]
             raise StoreError(
                 "the model does not know a modality",
                 where=where,
                 got=name,
                 expected=list_names(modalities),
-                fix=f"leave it aside: --modalities {' '.join(shared)}, in Python `modalities=` of "
-                "`embed`"
-                if shared
-                else None,
+                fix="leave it out, or name it as the model does: `clue prep convert NAME=FILE ...`",
             )
         known = modalities[name]
         if (modality.kind, modality.storage) != (known.kind, known.storage):

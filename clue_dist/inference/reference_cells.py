@@ -24,14 +24,12 @@ from clue_dist.inference.cells import (
     CellSlice,
     CellSource,
     open_cells,
-    open_source,
 )
 from clue_dist.inference.cells.argument_names import OPEN_CELLS
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.embed import KEY, OBSERVED_COLUMN, collect_embedding
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.query import select_modalities
 from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.model.common_space import JOINT_FORMULA
 from clue_dist.store.reader import Store
@@ -95,7 +93,7 @@ def open_reference(
 
     Args:
         source: cells, as `open_cells` takes them; or an .h5ad that `clue embed --per-modality` has
-            written with this model. Modalities that the model does not know are left aside.
+            written with this model.
         trained_model: the model.
         arguments: what the caller calls those of `reading`, for messages.
         reading: how counts are read, see `open_cells`.
@@ -114,20 +112,7 @@ def open_reference(
         )
     if isinstance(source, (str, Path)) and _holds_embedding(source):
         return _index_cells(_read_embedding(source, trained_model), trained_model)
-    opened = open_source(source, arguments)
-    if isinstance(opened, Store):
-        opened = _keep_known_modalities(opened, trained_model)
-    return open_cells(opened, trained_model, arguments, **reading)
-
-
-def _keep_known_modalities(store: Store, trained_model: TrainedModel) -> Store:
-    """Leave aside what a model does not know; no answer has a row for a cell of the reference."""
-    known = [name for name in store.modalities if name in trained_model.modalities]
-    unknown = [name for name in store.modalities if name not in known]
-    if not (known and unknown):
-        return store
-    warn_of_cells(f"the model does not know {list_names(unknown)}, which counts for nothing")
-    return select_modalities(store, known)
+    return open_cells(source, trained_model, arguments, **reading)
 
 
 def open_own_reference(folder: Path, trained_model: TrainedModel) -> ComparedCells:

@@ -39,8 +39,15 @@ def measure_shift(
         same_cells: the same cells, opened for the second model.
 
     Raises:
-        DataError: too few cells to have neighbours.
+        DataError: too few cells to have neighbours; cells with modalities that one model does not
+            know.
     """
+    if cells.n_cells != same_cells.n_cells:
+        raise DataError(
+            "each model knows other cells of these",
+            got=f"{cells.n_cells:,} and {same_cells.n_cells:,}",
+            fix="name modalities that both know: `modalities=`",
+        )
     first, second = (
         embed_in_memory(model, opened, per_modality=False, with_variance=False).joint
         for model, opened in ((before, cells), (after, same_cells))

@@ -168,6 +168,10 @@ def test_modalities_that_the_model_does_not_know_are_left_out():
     with pytest.warns(UserWarning, match="does not know atac"):
         cells = open_cells(md.MuData({"rna": make_table(), "atac": peaks}), LOADED)
     assert cells.modalities == ["rna"]
+    both = ad.concat([make_table(), peaks], axis=1)
+    both.var["feature_types"] = ["Gene Expression"] * 10 + ["Peaks"] * 2
+    with pytest.warns(UserWarning, match="does not know Peaks"):
+        assert open_cells(both, LOADED).modalities == ["rna"]
     with (
         pytest.warns(UserWarning, match="does not know atac"),
         pytest.raises(DataError, match=r"knows none(.|\n)*rna, adt, clr"),

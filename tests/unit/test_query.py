@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,18 @@ import mudata as md
 import numpy as np
 import pytest
 
-from clue_dist.commands.model_arguments import build_model_parser, open_query_store
+from clue_dist.commands.model_arguments import build_model_parser
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.inference.cells import open_cells
+from clue_dist.inference.cells import choose_modalities, open_cells
 from clue_dist.inference.cells.named_counts import CellWarning
+from clue_dist.inference.embed import embed_cells
 from clue_dist.inference.evaluate import evaluate_store
 from clue_dist.inference.query import (
     holds_training_cells,
-    require_known_features,
     require_measured_features,
     select_modalities,
 )
 from clue_dist.inference.score_tables import select_pairs
-from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
 from tests.fakes import FakeTrainedModel
@@ -71,29 +71,36 @@ def add_provenance(store: Store, *inputs: dict[str, Any], appended: bool = False
 def test_modalities_that_the_model_lacks_are_left_aside(
     store: Store, loaded: FakeTrainedModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(StoreError, match=r"leave it aside: --modalities rna adt"):
-        require_known_features(store, loaded.modalities)
-    view = select_modalities(store, ["rna", "adt"])
-    embed_store(loaded, view, tmp_path / "o.h5mu", run="r", per_modality=True)
+    with pytest.warns(CellWarning, match="does not know atac") as warned:
+        cells = open_cells(store, loaded)
+    assert str(warned[1].message) == "left out: 40 cells without rna, adt"
+    embed_cells(loaded, cells, tmp_path / "o.h5mu", run="r", per_modality=True)
     embedding = md.read_h5mu(tmp_path / "o.h5mu")
     assert {name: part.n_obs for name, part in embedding.mod.items()} == {"rna": 75, "adt": 30}
     assert embedding.n_obs == 75, "cells that have atac alone are left out"
     assert list(embedding.uns["clue_dist"]["modalities"]) == ["rna", "adt"]
-    scores = evaluate_store(loaded, view, tmp_path / "s.json", run="r")
+    with pytest.warns(CellWarning, match="does not know atac"):
+        scores = evaluate_store(loaded, store, tmp_path / "s.json", run="r")
     assert list(select_pairs(scores)) == ["adt->rna", "rna->adt"]
     assert scores["joint"]["islands"].keys() == {"rna", "rna+adt"}
     assert store.modalities == ["rna", "adt", "atac"], "the store itself is what it was"
     assert store.segments["rna+atac"].modalities == ["rna", "atac"]
 
 
-def test_cells_that_are_left_out_are_counted(
-    store: Store, capsys: pytest.CaptureFixture[str]
+def test_of_modalities_that_are_asked_for_only_cells_are_left_out(
+    store: Store, loaded: FakeTrainedModel
 ) -> None:
-    location = str(store.root)
-    assert open_query_store(location, None, Ranks()).modalities == store.modalities
-    assert capsys.readouterr().err == ""
-    assert open_query_store(location, ["rna", "adt"], Ranks()).manifest.n_cells == 75
-    assert capsys.readouterr().err == "left out: 40 cells without rna, adt\n"
+    with pytest.warns(CellWarning) as warned:
+        assert choose_modalities(store, loaded, ["adt"]).modalities == ["adt"]
+    assert [str(each.message) for each in warned] == ["left out: 85 cells without adt"]
+    whole = FakeTrainedModel(store.manifest.modalities)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_modalities(store, whole) is store
+    with pytest.raises(StoreError, match=r"does not know a modality[\s\S]*got: atac"):
+        open_cells(store, loaded, modalities=["rna", "adt", "atac"])
+    with pytest.raises(ConfigError, match="no modality is asked for"):
+        open_cells(store, loaded, modalities=[])
 
 
 def test_a_view_has_the_same_cells(store: Store, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from clue_dist.inference.cells.argument_names import ArgumentNames as ArgumentNa
 from clue_dist.inference.cells.memory_cells import MemoryCells as MemoryCells
 from clue_dist.inference.cells.sources import Cells as Cells
 from clue_dist.inference.cells.sources import CellSource as CellSource
+from clue_dist.inference.cells.sources import choose_modalities as choose_modalities
 from clue_dist.inference.cells.sources import find_batch_columns as find_batch_columns
 from clue_dist.inference.cells.sources import find_modality as find_modality
 from clue_dist.inference.cells.sources import find_source_file as find_source_file

@@ -97,6 +97,11 @@ def warn_of_cells(text: str) -> None:
     warnings.warn(text, CellWarning, stacklevel=level)
 
 
+def warn_of_unknown_modalities(names: Sequence[str]) -> None:
+    """Warn that a model does not know modalities that cells have."""
+    warn_of_cells(f"the model does not know {list_names(names)}, which counts for nothing")
+
+
 def _name_mudata_parts(
     mdata: md.MuData, trained_model: TrainedModel, choices: MemoryChoices
 ) -> dict[str, NamedCounts]:
@@ -115,8 +120,9 @@ def _name_mudata_parts(
         alike = [m for m in known if m not in found and [known[m].kind] == kinds]
         if name not in known and len(alike) == 1:
             found[alike[0]] = name
-    if left_out := [name for name in mdata.mod if name not in found.values()]:
-        warn_of_cells(f"the model does not know {list_names(left_out)}, which counts for nothing")
+    unknown = [name for name in mdata.mod if name not in found.values()]
+    if unknown and choices.modalities is None:
+        warn_of_unknown_modalities(unknown)
     parts = {
         name: NamedCounts(f"modality {found[name]}", mdata.mod[found[name]], key=found[name])
         for name in known
@@ -134,6 +140,10 @@ def _name_anndata_parts(
         parts = {choices.modality: NamedCounts("the AnnData", adata)}
         return _keep_chosen(parts, [choices.modality], trained_model, choices)
     if types := _split_by_type(adata, trained_model):
+        found = {part.feature_type for part in types.values()}
+        unknown = [name for name in _list_types(adata.var) if name not in found]
+        if unknown and choices.modalities is None:
+            warn_of_unknown_modalities(unknown)
         return _keep_chosen(types, [*types], trained_model, choices)
     shares = {
         name: _share_known(part.features, name_columns(adata, adata.var, name, choices))
@@ -166,18 +176,20 @@ def _share_known(features: Sequence[str], names: Sequence[str]) -> float:
 
 def _split_by_type(adata: ad.AnnData, trained_model: TrainedModel) -> dict[str, NamedCounts]:
     """The columns of each feature type that is a modality of the model, by the model's name."""
-    column = _find_type_column(adata.var)
-    if column is None:
-        return {}
-    types = adata.var[column].astype(str)
     known, parts = trained_model.modalities, {}
-    for name in dict.fromkeys(types):
+    for name in _list_types(adata.var):
         kind = match_alias(name)
         alike = [m for m in known if m == name] or [m for m in known if known[m].kind == kind]
         if len(alike) == 1 and alike[0] not in parts:
             where = f"features of type {name!r}"
             parts[alike[0]] = NamedCounts(where, adata, name)
     return {name: parts[name] for name in known if name in parts}
+
+
+def _list_types(var: pd.DataFrame) -> list[str]:
+    """The types of features that var tells apart."""
+    column = _find_type_column(var)
+    return [] if column is None else [*dict.fromkeys(var[column].astype(str))]
 
 
 def _find_type_column(var: pd.DataFrame) -> str | None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.data.batch import Batch
-from clue_dist.errors import DataError, shorten_error
+from clue_dist.errors import DataError, format_count, list_names, shorten_error
 from clue_dist.files import parse_path
 from clue_dist.inference.cells.argument_names import OPEN_CELLS, ArgumentNames
 from clue_dist.inference.cells.memory_cells import collect_memory_cells
@@ -23,6 +23,7 @@ from clue_dist.inference.cells.named_counts import (
     list_chosen,
     name_parts,
     warn_of_cells,
+    warn_of_unknown_modalities,
 )
 from clue_dist.inference.cells.store_cells import CellSlice, StoreCells
 from clue_dist.inference.load_model import TrainedModel
@@ -107,11 +108,39 @@ def open_cells(
     """
     source, modalities = open_source(source, arguments), list_chosen(modalities)
     if isinstance(source, Store):
-        view = select_modalities(source, modalities) if modalities else source
-        return open_store_cells(view, trained_model, min_known)
+        part = choose_modalities(source, trained_model, modalities)
+        return open_store_cells(part, trained_model, min_known)
     least = MIN_KNOWN_IN_MEMORY if min_known is None else min_known
     choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, least, arguments)
     return collect_memory_cells(source, trained_model, choices)
+
+
+def choose_modalities(
+    store: Store, trained_model: TrainedModel, modalities: Sequence[str] | None = None
+) -> Store:
+    """Choose modalities of a store, and the cells that carry any of them; hide the others.
+
+    Warns of cells that are left out, and of modalities that the model does not know.
+
+    Args:
+        store: the cells.
+        trained_model: the model that is to be asked about them.
+        modalities: those to use; by default all that the model knows.
+
+    Raises:
+        ConfigError: the store has no such modality, or no cell carries any of them.
+    """
+    if modalities is None:
+        modalities = [name for name in store.modalities if name in trained_model.modalities]
+        unknown = [name for name in store.modalities if name not in modalities]
+        if not (unknown and modalities):  # where none is known, `open_store_cells` refuses them
+            return store
+        warn_of_unknown_modalities(unknown)
+    part = select_modalities(store, modalities)
+    if n_left_out := store.manifest.n_cells - part.manifest.n_cells:
+        cells = format_count(n_left_out, "cell")
+        warn_of_cells(f"left out: {cells} without {list_names(modalities)}")
+    return part
 
 
 def open_source(
@@ -299,7 +328,7 @@ def open_store_cells(
     """Open cells of a store, whose modalities the model knows, and warn where they are doubtful.
 
     Args:
-        store: the store.
+        store: the store, see `choose_modalities`.
         trained_model: the model.
         min_known: as of `open_cells`.
         sizes: how many cells of each segment; by default all.
