@@ -12,6 +12,7 @@ from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
 from clue_dist.inference.cells import find_batch_columns, find_modality, name_modalities
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.output_files import parse_output
 from clue_dist.inference.score_tables import Scores, name_scores_file
 from clue_dist.ranks import Ranks, run_on_first_rank
 from clue_dist.store.reader import Store
@@ -60,9 +61,10 @@ class EvaluationMethods:
         Returns:
             The scores, a dict, see `clue_dist.inference.evaluate`; its repr is a table.
         """
-        from clue_dist.inference.evaluate import evaluate_store
+        from clue_dist.inference.evaluate import evaluate_store, require_scores_path
         from data_prep.from_python import ConversionRequest
 
+        path = parse_output(out, lambda path: require_scores_path(path, max_cells))
         modality = find_modality(cells, self.trained_model, modality, feature_ids)
         if batch_key is None:
             batch_key = find_batch_columns(cells, self.trained_model.batch_vocabulary)
@@ -77,11 +79,10 @@ class EvaluationMethods:
             ["--features-from", str(self.folder)],
         )
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "scores.json" if out is None else parse_path(str(out))
             result = evaluate_store(
                 self.trained_model,
                 self._open_store(cells, Path(folder), request),
-                path,
+                path or Path(folder) / "scores.json",
                 run=self.folder,
                 max_cells=max_cells,
                 min_known=min_known,

@@ -22,7 +22,7 @@ from clue_dist.api.training_call import (
     train_on_cells,
 )
 from clue_dist.checkpoint.run_folder import list_checkpoints
-from clue_dist.errors import ConfigError, list_names, suggest_names
+from clue_dist.errors import ConfigError, list_names, name_argument, suggest_names
 from clue_dist.files import parse_path
 from clue_dist.inference.answer_files import require_answer_path
 from clue_dist.inference.cells import (
@@ -229,7 +229,12 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
             ClueError: what `embed` raises of the cells, or `fit`.
         """
         if train not in ("batches", "all"):
-            raise ConfigError("no such training", got=repr(train), expected="'batches' or 'all'")
+            raise ConfigError(
+                "no such training",
+                where=name_argument("train"),
+                got=repr(train),
+                expected="'batches' or 'all'",
+            )
         folder = parse_path(str(out))
         new_modalities = [new_modalities] if isinstance(new_modalities, str) else new_modalities
         if train == "all":

@@ -3,9 +3,10 @@
 import argparse
 
 from clue_dist.commands.catalogue import build_command_parser
+from clue_dist.commands.model_arguments import print_cell_warnings
 from clue_dist.files import parse_path
 from clue_dist.process import run_main
-from clue_dist.ranks import run_on_first_rank
+from clue_dist.ranks import Ranks, run_on_first_rank
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
         )
         print(arguments.out)
 
-    run_on_first_rank(export_model)
+    with print_cell_warnings(Ranks.from_environment()):
+        run_on_first_rank(export_model)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from clue_dist.commands.catalogue import build_command_parser
+from clue_dist.commands.model_arguments import print_cell_warnings
 from clue_dist.commands.train import train_by_arguments
 from clue_dist.files import parse_path
 from clue_dist.process import print_error, run_main
+from clue_dist.ranks import Ranks
 from clue_dist.train.arguments import list_further_settings
 
 _DETAILS = """\
@@ -51,8 +53,9 @@ def main() -> None:
     if arguments.overrides:
         print_error("warning: --set counts only with --train all")
     trained_model = load_model(arguments.run)
-    cells = open_cells(arguments.store, trained_model)
-    tune_batches(arguments.run, trained_model, cells, arguments.out)
+    with print_cell_warnings(Ranks.from_environment()):
+        cells = open_cells(arguments.store, trained_model)
+        tune_batches(arguments.run, trained_model, cells, arguments.out)
     print(arguments.out)
 
 

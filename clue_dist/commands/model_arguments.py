@@ -110,8 +110,8 @@ def name_file_arguments() -> ArgumentNames:
         layer="",
         feature_ids="",
         min_known="--min-known ",
-        instead="convert the cells into a store, where that can be said: `clue prep convert "
-        "NAME=FILE --features-from RUN --out STORE`",
+        instead="convert the cells into a store, and say it there: `clue prep convert NAME=FILE "
+        "--features-from RUN --out STORE`",
     )
 
 
@@ -140,14 +140,14 @@ def open_model_and_store(
         return trained_model, store
 
     ranks = Ranks.from_environment()
-    with _print_cell_warnings(ranks):
+    with print_cell_warnings(ranks):
         trained_model, store = ranks.run_before_joining(open_both)
         yield trained_model, store, ranks.join_group()
     ranks.leave_group()
 
 
 @contextmanager
-def _print_cell_warnings(ranks: Ranks) -> Iterator[None]:
+def print_cell_warnings(ranks: Ranks) -> Iterator[None]:
     """Print warnings of cells on rank 0 as commands print them, without a line of code."""
     from clue_dist.inference.cells.named_counts import CellWarning
 

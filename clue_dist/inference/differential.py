@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clue_dist.errors import ConfigError, list_names, name_argument
+from clue_dist.errors import ConfigError, list_names, name_argument, suggest_names
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.cells.memory_obs import read_named_column
 from clue_dist.inference.cells.named_counts import list_chosen
@@ -133,14 +133,16 @@ def _list_groups(labels: np.ndarray, choices: DifferentialChoices) -> list[str]:
     known = sorted(set(labels) - {""})
     chosen = list_chosen(choices.groups)
     wanted = known if chosen is None else [*dict.fromkeys(map(name_value, chosen))]
-    named = wanted + ([choices.reference] if choices.reference is not None else [])
-    if absent := [name for name in named if name not in known]:
-        raise ConfigError(
-            "there is no cell of a group",
-            where=name_argument("groupby", choices.groupby),
-            got=list_names(absent),
-            expected=list_names(known) or "none has a source to infer from",
-        )
+    others = [] if choices.reference is None else [choices.reference]
+    for argument, named in (("groups", wanted), ("reference", others)):
+        if absent := [name for name in named if name not in known]:
+            raise ConfigError(
+                f"there is no cell of a group of {choices.groupby}",
+                where=name_argument(argument),
+                got=list_names(absent),
+                expected=list_names(known) or "none has a source to infer from",
+                fix=suggest_names(absent[0], known),
+            )
     if len(known) < 2 or not wanted:
         raise ConfigError(
             "nothing to compare with",

@@ -18,6 +18,7 @@ from clue_dist.kinds import KINDS
 from clue_dist.model.imputation import ValueDecoder
 from clue_dist.number_checks import require_number
 from clue_dist.store.batch_vocabulary import BatchVocabulary
+from clue_dist.store.obs_columns import name_value
 
 OWN, AVERAGE = "own", "average"  # choices of a batch, beside the names of batches
 MEAN, LOWER, UPPER, SAMPLE = "X", "lower", "upper", "sample-"  # matrices of an answer
@@ -126,8 +127,9 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
     """
     known = trained_model.modalities
     given, chosen = list_chosen(choices.from_), list_chosen(choices.features)
-    for name in (choices.modality, *(given or [])):
-        _require_known(name, list(known), "modality")
+    _require_known("modality", choices.modality, list(known), "modality")
+    for name in given or []:
+        _require_known("from_", name, list(known), "modality")
     if given == []:
         raise ConfigError(
             "no modality to impute from is named",
@@ -140,7 +142,7 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
     features = modality.features if chosen is None else chosen
     places = {name: place for place, name in enumerate(modality.features)}
     for name in features:
-        _require_known(name, modality.features, f"feature of {choices.modality}")
+        _require_known("features", name, modality.features, f"feature of {choices.modality}")
     if not features:
         raise ConfigError(
             "no feature is asked for", where=name_argument("features"), got="an empty list"
@@ -168,7 +170,8 @@ def _read_levels(
     batch: str | Sequence[str] | Mapping[str, str], known: BatchVocabulary
 ) -> tuple[int | None, ...]:
     """Read the level that all cells get, by covariate of the model; None: each cell's own."""
-    words = [batch] if isinstance(batch, str | int) else batch  # a lane may have a number
+    is_list = isinstance(batch, (Sequence, Mapping)) and not isinstance(batch, str)
+    words = batch if is_list else [batch]
     if not words:
         raise ConfigError(
             "no batch is named",
@@ -177,14 +180,14 @@ def _read_levels(
             expected=f"{_list_choices(known)}, or a batch's name",
         )
     if isinstance(words, Sequence):
-        words = [str(word) for word in words]
+        words = [name_value(word) for word in words]  # a lane may have a number
         if len(words) == 1 and words[0] in (OWN, AVERAGE):
             return (None if words[0] == OWN else -1,) * len(known.covariates)
         if len(words) == 1 and words[0] in known.names:
             return tuple(known.encode_levels(known)[known.names.index(words[0])].tolist())
         pairs = [word.partition("=") for word in words]
         if not all(sign and covariate in known.covariates for covariate, sign, _ in pairs):
-            _require_known(" ".join(words), known.names, "batch", _list_choices(known))
+            _require_known("batch", " ".join(words), known.names, "batch", _list_choices(known))
         named = {covariate: level for covariate, _, level in pairs}
         if len(named) < len(pairs):
             raise ConfigError(
@@ -192,10 +195,11 @@ def _read_levels(
             )
         words = named
     numbers, fixed = known.number_levels(), dict.fromkeys(known.covariates)
-    for covariate, level in ((name, str(chosen)) for name, chosen in words.items()):
-        _require_known(covariate, list(known.covariates), "covariate of batches")
+    for covariate, level in ((name, name_value(chosen)) for name, chosen in words.items()):
+        _require_known("batch", covariate, list(known.covariates), "covariate of batches")
         if level not in (OWN, AVERAGE):
-            _require_known(level, known.list_levels(covariate), covariate, f"{OWN}, {AVERAGE}")
+            levels, others = known.list_levels(covariate), f"{OWN}, {AVERAGE}"
+            _require_known("batch", level, levels, covariate, others)
         fixed[covariate] = {OWN: None, AVERAGE: -1}.get(level, numbers.get((covariate, level)))
     return tuple(fixed.values())
 
@@ -206,13 +210,16 @@ def _list_choices(known: BatchVocabulary) -> str:
     return list_names([OWN, AVERAGE, *levels])
 
 
-def _require_known(name: str, known: Sequence[str], what: str, others: str = "") -> None:
+def _require_known(
+    argument: str, name: str, known: Sequence[str], what: str, others: str = ""
+) -> None:
     """Require that the model knows a name; else name the nearest ones."""
     if name in known:
         return
     listed = list_names(known) or "none"
     raise ConfigError(
         f"the model knows no such {what}",
+        where=name_argument(argument),
         got=name,
         expected=f"{others}, or one of {listed}" if others else listed,
         fix=suggest_names(name, known),

@@ -295,7 +295,7 @@ def _describe_cells(
                 f"{list_names(lacking[0].modalities)}",
                 fix="leave it out, which takes whatever a cell has, or ask about the others: "
                 f'`mdata[mdata.obsm["{question.sources[0]}"]]` of a MuData, '
-                f"`--modalities {' '.join(question.sources)}` of a store",
+                f"`clue impute --modalities {' '.join(question.sources)}` of a store",
             )
         names[cell_slice.rows] = "+".join(used)
     obs[SOURCES_COLUMN] = pd.Categorical(names)

@@ -14,12 +14,21 @@ from clue_dist.checkpoint.run_folder import (
     load_weights,
 )
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError, format_count, shorten_error
+from clue_dist.errors import (
+    ResumeError,
+    format_count,
+    list_names,
+    name_argument,
+    shorten_error,
+    suggest_names,
+)
 from clue_dist.model.clue import CLUE, build_model
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.batch_vocabulary import NO_BATCHES, BatchVocabulary
 from clue_dist.store.manifest_parts import Modality
 
+# Where in a run those weights lie of which the newest have a name.
+_FOLDERS = {"best": "best", "last": "checkpoints"}
 # What to do where the weights give NaN.
 OTHER_CHECKPOINT = "use another checkpoint: --checkpoint, in Python `clue_dist.load(checkpoint=)`"
 
@@ -113,20 +122,27 @@ def require_weights(run: Path, checkpoint: str) -> Path:
     """
     folder = _find_weights(run, checkpoint)
     if folder is None:
+        known = [name for name in _FOLDERS if _find_weights(run, name) is not None]
+        known += [path.name for path in _list_weights(run)]
         raise ResumeError(
             "the run holds no such weights",
             where=run,
-            got=checkpoint,
-            expected="best, last, or a name like step-00001200",
-            fix="train at least until the first validation",
+            got=name_argument("checkpoint", checkpoint),
+            expected=list_names(known) or None,
+            fix=suggest_names(checkpoint, known)
+            if known
+            else "train at least until the first validation",
         )
     return folder
 
 
 def _find_weights(run: Path, checkpoint: str) -> Path | None:
     """The folder with the weights that `checkpoint` names, if there is one."""
-    folders = {"best": run / "best", "last": run / "checkpoints"}
-    if checkpoint in folders:
-        return next(iterate_sound_checkpoints(folders[checkpoint]), None)
-    committed = [path for folder in folders.values() for path in list_checkpoints(folder)]
-    return next((path for path in committed if path.name == checkpoint), None)
+    if checkpoint in _FOLDERS:
+        return next(iterate_sound_checkpoints(run / _FOLDERS[checkpoint]), None)
+    return next((path for path in _list_weights(run) if path.name == checkpoint), None)
+
+
+def _list_weights(run: Path) -> list[Path]:
+    """The committed folders with weights."""
+    return [path for folder in _FOLDERS.values() for path in list_checkpoints(run / folder)]

@@ -157,6 +157,7 @@ def _require_modalities(
     if first == second or first not in cells.modalities or second not in known:
         raise ConfigError(
             "two different modalities of the cells are needed",
+            where=" and ".join(map(name_argument, ("first", "second"))),
             got=list_names((first, second)),
             expected=f"two of {list_names(dict.fromkeys([*cells.modalities, *known]))}"
             if reference is None

@@ -111,7 +111,7 @@ def require_known_features(store: Store, modalities: dict[str, Modality]) -> Non
                 where=where,
                 got=name,
                 expected=list_names(modalities),
-                fix="leave it out, or name it as the model does: `clue prep convert NAME=FILE ...`",
+                fix="name it as the model does, at conversion: `clue prep convert NAME=FILE ...`",
             )
         known = modalities[name]
         if (modality.kind, modality.storage) != (known.kind, known.storage):

@@ -41,7 +41,7 @@ _NO_ARGUMENTS = ArgumentNames(
     layer="",
     feature_ids="",
     min_known="",
-    instead="convert the cells into a store, or embed them into an .h5ad, where that can be said",
+    instead="convert the cells into a store, or embed them into an .h5ad, and say it there",
 )
 
 

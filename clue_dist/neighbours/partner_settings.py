@@ -28,7 +28,10 @@ class PartnerSettings:
     def __post_init__(self) -> None:
         if self.method not in PARTNER_METHODS:
             raise ConfigError(
-                "no such way to seek partners", got=self.method, expected=", ".join(PARTNER_METHODS)
+                "no such way to seek partners",
+                where=name_argument("method"),
+                got=self.method,
+                expected=", ".join(PARTNER_METHODS),
             )
         require_number(name_argument("n_partners"), self.n_partners, 1, MOST_PARTNERS, whole=True)
         require_number("n_neighbours", self.n_neighbours, 1, whole=True)

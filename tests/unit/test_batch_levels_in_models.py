@@ -108,8 +108,9 @@ def test_a_covariate_that_is_not_named_is_each_cells_own(
         ("d7", "no such batch(.|\n)*donor=LEVEL"),
         (["donor=d1", "donor=d2"], "two levels of one covariate"),
         (["donor=d1", "v3"], "no such batch"),
-        ({"donor": 7}, r"no such donor\n  got: 7"),
-        (7, r"no such batch\n  got: 7"),
+        ({"donor": 7}, r"no such donor\n  where: --batch, in Python `batch`\n  got: 7"),
+        (7.0, r"no such batch(.|\n)*got: 7\n"),  # named as obs would be
+        (np.int64(7), r"no such batch(.|\n)*got: 7\n"),
     ],
 )
 def test_a_level_that_the_model_does_not_know_is_refused(

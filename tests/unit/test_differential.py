@@ -142,8 +142,8 @@ def test_the_same_seed_gives_the_same_table(trained, cells):
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"groups": ["middle"]}, "no cell of a group"),
-        ({"reference": "middle"}, "no cell of a group"),
+        ({"groups": ["middle"]}, r"no cell of a group(.|\n)*`groups`"),
+        ({"reference": "middle"}, r"no cell of a group(.|\n)*`reference`"),
         ({"groups": "high", "reference": "high"}, "no group but the reference"),
         ({"groups": []}, "nothing to compare with"),
         ({"from_": ["adt"]}, "nothing to compare with"),

@@ -142,6 +142,14 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run: Path, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"there", "notes.json"}
 
 
+def test_weights_that_are_not_there_are_refused_with_those_that_are(run: Path) -> None:
+    expected = (
+        r"got: --checkpoint bset(.|\n)*expected: best, step-00000005\n  fix: did you mean best"
+    )
+    with pytest.raises(ResumeError, match=expected):
+        load_model(run, "bset")
+
+
 def test_a_line_that_was_half_written_leaves_the_others(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:

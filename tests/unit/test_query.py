@@ -97,7 +97,7 @@ def test_of_modalities_that_are_asked_for_only_cells_are_left_out(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_modalities(store, whole) is store
-    with pytest.raises(StoreError, match=r"does not know a modality[\s\S]*got: atac"):
+    with pytest.raises(ConfigError, match=r"does not know a modality[\s\S]*got: atac"):
         open_cells(store, loaded, modalities=["rna", "adt", "atac"])
     with pytest.raises(ConfigError, match="no modality is asked for"):
         open_cells(store, loaded, modalities=[])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from clue_dist.api.trained_run import Run, load
-from clue_dist.commands import match, transfer
+from clue_dist.commands import export, match, transfer
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import new_batches
 from clue_dist.inference.cells.named_counts import CellWarning
@@ -192,15 +192,17 @@ def refuse(ask: Callable[[], object]) -> str:
 
 def test_advice_names_the_arguments_of_the_method_that_is_called(run: Run, query: Store) -> None:
     known = read_mudata(query)["rna"]
-    strange, few = known.copy(), known[:, :9].copy()
-    strange.var_names = [f"gene-{i}" for i in range(strange.n_vars)]
-    normalised = known.copy()
+    paired = read_mudata(Store(run.folder.parent / "old.zarr"))
+    both = ad.concat([paired["rna"], paired["adt"]], axis=1)
+    few, normalised, strange = known[:, :9].copy(), known.copy(), known.copy()
     normalised.X = normalised.X * 0.3
-    assert '`reference_modality="rna"`' in refuse(lambda: run.transfer(strange, known))
-    assert '`query_modality="rna"`' in refuse(lambda: run.transfer(known, strange))
-    assert '`cells_modality="rna"`' in refuse(lambda: run.impute(strange, "adt"))
-    assert '`modality="rna"`' in refuse(lambda: run.embed(strange))
-    fix = refuse(lambda: run.match(known, "rna", "adt", reference=strange))
+    strange.var_names = [f"gene-{i}" for i in range(strange.n_vars)]
+    assert refuse(lambda: run.embed(strange)).startswith("`feature_ids=` names a column of var")
+    assert '`reference_modality="rna"`' in refuse(lambda: run.transfer(both, known))
+    assert '`query_modality="rna"`' in refuse(lambda: run.transfer(known, both))
+    assert '`cells_modality="rna"`' in refuse(lambda: run.impute(both, "adt"))
+    assert '`modality="rna"`' in refuse(lambda: run.embed(both))
+    fix = refuse(lambda: run.match(known, "rna", "adt", reference=both))
     assert fix == (
         'a MuData says it: `mudata.MuData({"rna": adata})`; `reference_feature_ids=` names a '
         "column of var that names features as the model does"
@@ -225,7 +227,7 @@ def test_advice_on_cells_to_export_names_no_argument(
     normalised.X = normalised.X * 0.3
     fix = refuse(lambda: run.export(tmp_path / "shared", cells=normalised))
     assert fix.endswith(
-        "convert the cells into a store, or embed them into an .h5ad, where that can be said"
+        "convert the cells into a store, or embed them into an .h5ad, and say it there"
     )
     assert not (tmp_path / "shared").exists()
 
@@ -243,13 +245,17 @@ def test_advice_on_a_file_of_counts_names_what_the_command_takes(
     monkeypatch.setattr(sys, "argv", [command, *words])
     fix = refuse({"transfer": transfer, "match": match}[command].main)
     assert fix == (
-        "convert the cells into a store, where that can be said: `clue prep convert NAME=FILE "
+        "convert the cells into a store, and say it there: `clue prep convert NAME=FILE "
         "--features-from RUN --out STORE`; `--min-known 0` takes the cells all the same"
     )
 
 
 def test_a_reference_may_have_modalities_that_the_model_does_not_know(
-    run: Run, query: Store, tmp_path: Path
+    run: Run,
+    query: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cells = {"rna+adt": 70, "rna": 41, "atac": 9}
     store = make_store(tmp_path / "more.zarr", cells, FEATURES | {"atac": 12}, seed=3)
@@ -257,3 +263,11 @@ def test_a_reference_may_have_modalities_that_the_model_does_not_know(
         found = run.transfer(store, query)
     known = select_modalities(store, ["rna", "adt"])
     assert_same_answers(found, run.transfer(known, query))
+    words = ["--run", str(run.folder), "--out", str(tmp_path / "shared")]
+    monkeypatch.setattr(sys, "argv", ["export", *words, "--with-cells", str(store.root)])
+    export.main()
+    assert capsys.readouterr().err == (
+        "warning: the model does not know atac, which counts for nothing\n"
+        "warning: left out: 9 cells without rna, adt\n"
+    )
+    assert len(load(tmp_path / "shared").reference.read_obs()) == 111

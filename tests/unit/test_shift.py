@@ -9,6 +9,7 @@ import pytest
 
 from clue_dist.errors import DataError
 from clue_dist.inference.cells import open_cells
+from clue_dist.inference.cells.named_counts import CellWarning
 from clue_dist.inference.shift import measure_shift
 from tests.fakes import FakeTrainedModel, Projection
 from tests.stores import make_store
@@ -36,6 +37,18 @@ def test_z_that_turns_as_a_whole_keeps_its_neighbours(tmp_path: Path) -> None:
     shift = measure_shift(before, other, cells, cells)
     assert math.isnan(shift.moved)
     assert shift.by_chance < shift.neighbours_kept < 1
+
+
+def test_cells_that_one_model_does_not_know_are_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", {"rna+adt": 60, "adt": 20})
+    after = FakeTrainedModel(dict(store.manifest.modalities))
+    before = FakeTrainedModel({"rna": after.modalities["rna"]})
+    with pytest.warns(CellWarning, match="does not know adt"):
+        cells = open_cells(store, before)
+    with pytest.raises(DataError, match=r"60 and 80(.|\n)*`modalities=`"):
+        measure_shift(before, after, cells, open_cells(store, after))
+    shared = [open_cells(store, model, modalities=["rna"]) for model in (before, after)]
+    assert measure_shift(before, after, *shared).by_chance == 15 / 59
 
 
 def test_a_few_cells_have_no_neighbours(tmp_path: Path) -> None:

@@ -160,7 +160,8 @@ def _name_anndata_parts(
             got=f"features known: {listed}",
             expected="those of one modality of the model",
             fix=choices.arguments.join_advice(
-                modality=f'say it: `{{}}"{next(iter(known))}"`',
+                # To say it helps where some features are known.
+                **{"modality": f'say it: `{{}}"{fitting[0]}"`'} if fitting else {},
                 feature_ids="`{}` names a column of var that names features as the model does",
             ),
         )
@@ -223,11 +224,18 @@ def _keep_chosen(
     if not kept or not kept.keys() <= trained_model.modalities.keys():
         raise DataError(
             "the model knows none of these modalities",
+            where=_name_choice(choices),
             got=list_names(given),
             expected=list_names(trained_model.modalities),
             fix="name the modalities as the model does",
         )
     return kept
+
+
+def _name_choice(choices: MemoryChoices) -> str | None:
+    """Name the argument that says what an AnnData holds, where it is given."""
+    argument = choices.arguments.modality
+    return f"{argument}{choices.modality!r}" if argument and choices.modality else None
 
 
 def name_columns(

@@ -12,7 +12,14 @@ import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.data.batch import Batch
-from clue_dist.errors import DataError, format_count, list_names, shorten_error
+from clue_dist.errors import (
+    ConfigError,
+    DataError,
+    format_count,
+    list_names,
+    name_argument,
+    shorten_error,
+)
 from clue_dist.files import parse_path
 from clue_dist.inference.cells.argument_names import OPEN_CELLS, ArgumentNames
 from clue_dist.inference.cells.memory_cells import collect_memory_cells
@@ -128,7 +135,7 @@ def choose_modalities(
         modalities: those to use; by default all that the model knows.
 
     Raises:
-        ConfigError: the store has no such modality, or no cell carries any of them.
+        ConfigError: the store or the model has no such modality, or no cell carries any of them.
     """
     if modalities is None:
         modalities = [name for name in store.modalities if name in trained_model.modalities]
@@ -137,6 +144,13 @@ def choose_modalities(
             return store
         warn_of_unknown_modalities(unknown)
     part = select_modalities(store, modalities)
+    if unknown := [name for name in modalities if name not in trained_model.modalities]:
+        raise ConfigError(
+            "the model does not know a modality",
+            where=name_argument("modalities", " ".join(modalities)),
+            got=list_names(unknown),
+            expected=list_names(trained_model.modalities),
+        )
     if n_left_out := store.manifest.n_cells - part.manifest.n_cells:
         cells = format_count(n_left_out, "cell")
         warn_of_cells(f"left out: {cells} without {list_names(modalities)}")
