@@ -40,3 +40,11 @@ def embedding_file(tmp_path: Path) -> Path:
     from tests.unit.report_helpers import write_embedding
 
     return write_embedding(tmp_path / "o.h5mu")
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """The folder of a run that was stopped after 30 steps."""
+    from tests.unit.run_helpers import write_stopped_run
+
+    return write_stopped_run(tmp_path / "run")

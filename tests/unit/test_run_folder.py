@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from clue_dist.checkpoint.kept_config import VALUES_BEFORE
 from clue_dist.checkpoint.resuming import (
-    CHANGEABLE,
     choose_checkpoint,
     find_starting_point,
     forget_lost_best,
@@ -29,17 +26,14 @@ from clue_dist.checkpoint.run_folder import (
     read_weights,
 )
 from clue_dist.checkpoint.shards import assemble_tensors, format_label
-from clue_dist.config import Config, LogConfig, ObjectiveConfig
+from clue_dist.config import Config, LogConfig
 from clue_dist.errors import ResumeError, SavingError
 from clue_dist.files import translate_write_errors
 from clue_dist.inference.report.panels import read_metrics
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.run_lock import hold_run_lock
-from clue_dist.store.writer import hash_file
-from clue_dist.train.auto_settings import resolve_auto_settings
-from clue_dist.train.setup import prepare_setup
 from clue_dist.train.sinks import Sinks
-from tests.stores import make_store
+from tests.unit.run_helpers import SETTINGS, save_step
 
 QUIET = Config(log=LogConfig(wandb="disabled", tensorboard=False))
 LINES = [json.dumps({"step": step, "split": "train", "loss": 1.0}).encode() for step in (1, 2, 3)]
@@ -84,37 +78,6 @@ def test_an_error_of_saving_does_not_show_a_whole_file(tmp_path: Path) -> None:
 
 
 # --- work that would be lost ---
-
-
-ASKED_FOR = Config(store="s", run="r", train={"checkpoint_every": 10})
-# The rank of the heads is a number by the time that a run looks into its folder.
-SETTINGS = ASKED_FOR.model_copy(update={"model": resolve_auto_settings(ASKED_FOR, 500, 4).model})
-
-
-def save_step(run_folder: Path, step: int, kind: str = "checkpoints") -> Path:
-    """Save what a checkpoint consists of, with one tensor."""
-    folder = run_folder / kind / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    name = WEIGHTS if kind == "best" else "rank-00000.safetensors"
-    save_file({"weights:0:x": torch.zeros(1)}, folder / name)
-    state = asdict(RunState(step=step, world=1, fingerprint="f"))
-    (folder / STATE).write_text(json.dumps(state))
-    files = {path.name: hash_file(path).model_dump() for path in folder.iterdir()}
-    (folder / COMMIT).write_text(json.dumps(files))
-    return folder
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """The folder of a run of 30 steps that keeps two checkpoints."""
-    run = tmp_path / "run"
-    for step in (20, 30):
-        save_step(run, step)
-    save_step(run, 25, "best")
-    (run / "config.json").write_text(SETTINGS.to_json())
-    lines = [json.dumps({"step": step, "split": "train"}) for step in range(1, 31)]
-    (run / "metrics.jsonl").write_text("\n".join(lines))
-    return run
 
 
 def choose_auto(run: Path) -> Path | None:
@@ -276,89 +239,6 @@ def test_no_other_run_is_begun_in_a_folder_that_holds_work(
         choose_checkpoint(run_folder, str(other), Ranks())
 
 
-# --- settings that differ from the run's ---
-
-
-def test_settings_that_may_differ_are_listed_with_what_they_were(run_folder: Path) -> None:
-    settings = SETTINGS.train.model_copy(update={"lr": 0.01, "epochs": 3.0})
-    config = SETTINGS.model_copy(update={"train": settings})
-    start = find_starting_point(run_folder, config, "f", "auto", Ranks())
-    assert start.state.step == 30
-    assert start.describe_changes() == "train.epochs auto -> 3.0, train.lr 0.001 -> 0.01"
-    assert not find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks()).changes
-    changed = config.model_copy(update={"seed": 5})
-    with pytest.raises(ResumeError, match=r"changed: seed\n.*no other changes than of store, run"):
-        find_starting_point(run_folder, changed, "f", "auto", Ranks())
-
-
-SAME = "contrastive_same_modality"
-
-
-def keep_config(run_folder: Path, **objective: float) -> None:
-    """Write the config of a run; of one that an earlier version began without the setting."""
-    tree = json.loads(SETTINGS.to_json())
-    del tree["objective"][SAME]
-    tree["objective"] |= objective
-    (run_folder / "config.json").write_text(json.dumps(tree))
-
-
-@pytest.mark.parametrize("setting", VALUES_BEFORE)
-def test_every_later_setting_is_as_it_was_before_it_existed(run_folder: Path, setting: str) -> None:
-    group, field = setting.split(".")
-    tree = json.loads(SETTINGS.to_json())
-    del tree[group][field]
-    (run_folder / "config.json").write_text(json.dumps(tree))
-    start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
-    assert getattr(getattr(start.config, group), field) == VALUES_BEFORE[setting]
-    assert getattr(getattr(SETTINGS, group), field) != VALUES_BEFORE[setting]
-    assert not start.changes
-
-
-def test_training_knows_the_settings_that_a_run_goes_on_with(tmp_path: Path) -> None:
-    make_store(tmp_path / "s.zarr", {"rna+atac": 300}, {"rna": 12, "atac": 12})
-    config = Config(store=str(tmp_path / "s.zarr"), run=str(tmp_path / "run"))
-    setup = prepare_setup(config, 1)
-    assert {name: spec.thinning for name, spec in setup.specs.items() if spec.thinning} == {
-        "atac": 0.8
-    }
-    objective = ObjectiveConfig(thinning=0.0)
-    kept = replace(setup, config=setup.config.model_copy(update={"objective": objective}))
-    assert not any(spec.thinning for spec in kept.specs.values())
-
-
-@pytest.mark.parametrize("kept", [{}, {SAME: 0.0}])  # begun by an earlier version; gone on since
-def test_a_run_goes_on_without_what_did_not_exist_when_it_began(
-    run_folder: Path, kept: dict[str, float]
-) -> None:
-    keep_config(run_folder, **kept)
-    start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
-    assert start.config.objective.contrastive_same_modality == 0.0
-    assert not start.changes
-    assert start.describe_inherited(SETTINGS) == (
-        f"goes on as the run began, with objective.{SAME}=0.0"
-    )
-    same = find_starting_point(run_folder, start.config, "f", "auto", Ranks())
-    assert same.describe_inherited(start.config) is None
-    asked = SETTINGS.model_copy(update={"objective": ObjectiveConfig(**{SAME: 1.0})})
-    with pytest.raises(ResumeError, match=f"changed: objective.{SAME}"):
-        find_starting_point(run_folder, asked, "f", "auto", Ranks())
-
-
-def test_a_run_of_this_version_goes_on_with_all_its_settings(run_folder: Path) -> None:
-    start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
-    assert start.config == SETTINGS
-    assert start.describe_inherited(SETTINGS) is None
-    keep_config(run_folder, **{SAME: 0.5})
-    with pytest.raises(ResumeError, match=f"changed: objective.{SAME}"):
-        find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
-
-
-def test_a_folder_without_the_settings_of_its_run_is_refused(run_folder: Path) -> None:
-    (run_folder / "config.json").unlink()
-    with pytest.raises(ResumeError, match="copy the whole folder"):
-        find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
-
-
 def test_a_dry_run_reads_no_weights(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = run_folder / "checkpoints" / "step-00000030"
     (newest / "rank-00000.safetensors").write_bytes(b"damaged")
@@ -366,13 +246,6 @@ def test_a_dry_run_reads_no_weights(run_folder: Path, capsys: pytest.CaptureFixt
     assert start.checkpoint == newest
     start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
     assert start.checkpoint == newest.with_name("step-00000020")
-
-
-def test_the_page_lists_the_settings_that_may_change() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    listed = page.partition("These settings may change")[2].partition("Other changes")[0]
-    names = {key.removeprefix("train.") for key in CHANGEABLE}
-    assert {name for name in names if f"`{name.replace('log.', 'log.*')}`" not in listed} == set()
 
 
 @pytest.mark.parametrize(
