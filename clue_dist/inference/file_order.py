@@ -96,6 +96,27 @@ def restore_file_order(table: ad.AnnData, like: str) -> ad.AnnData:
     column = table.obs.get("barcode")
     known = table.obs_names if column is None else pd.Index(column)
     wanted = names if not dataset else f"{dataset}:" + names
+    rows = _find_rows(known, wanted, like)
+    obs = table.obs.drop(columns="barcode", errors="ignore").set_axis(known)
+    if (rows < 0).any():
+        obs = _allow_missing_values(obs)
+    obs = obs.reindex(wanted).set_axis(names)
+    obsm = {key: _take_rows(np.asarray(values), rows) for key, values in table.obsm.items()}
+    return ad.AnnData(obs=obs, obsm=obsm, uns=dict(table.uns))
+
+
+def _find_rows(known: pd.Index, wanted: pd.Index, like: str) -> np.ndarray:
+    """Find the cells of a file in an embedding; warns of cells that only one of them has.
+
+    Args:
+        known: names of the embedded cells.
+        wanted: names of the cells of the file.
+        like: the file, for messages.
+
+    Returns:
+        The row of each cell of the file, -1 where it was not embedded.
+    """
+    _, path = parse_like(like)
     if known.has_duplicates:
         raise DataError(
             "cells that share a barcode cannot be told apart",
@@ -117,20 +138,20 @@ def restore_file_order(table: ad.AnnData, like: str) -> ad.AnnData:
         print_error(
             f"warning: NaN for {format_count(n_missing, 'cell')} of {path} that the store lacks"
         )
-    n_left_out = table.n_obs - len(np.unique(rows[rows >= 0]))
+    n_left_out = len(known) - len(np.unique(rows[rows >= 0]))
     if n_left_out:
         print_error(
             f"warning: left out: {format_count(n_left_out, 'embedded cell')} that {path} lacks"
         )
-    obs = table.obs.drop(columns="barcode", errors="ignore").set_axis(known)
-    if n_missing:  # plain integers and booleans have no missing value
-        nullable = {"b": "boolean", "i": "Int64"}
-        kinds = {name: getattr(obs[name].dtype, "kind", "O") for name in obs}
-        plain = {name for name in obs if isinstance(obs[name].dtype, np.dtype)}
-        obs = obs.astype({name: nullable[kinds[name]] for name in plain if kinds[name] in nullable})
-    obs = obs.reindex(wanted).set_axis(names)
-    obsm = {key: _take_rows(np.asarray(values), rows) for key, values in table.obsm.items()}
-    return ad.AnnData(obs=obs, obsm=obsm, uns=dict(table.uns))
+    return np.asarray(rows)
+
+
+def _allow_missing_values(obs: pd.DataFrame) -> pd.DataFrame:
+    """Bring plain integers and booleans, which have no missing value, to types that have one."""
+    nullable = {"b": "boolean", "i": "Int64"}
+    plain = [name for name in obs if isinstance(obs[name].dtype, np.dtype)]
+    kinds = {name: obs[name].dtype.kind for name in plain}
+    return obs.astype({name: nullable[kind] for name, kind in kinds.items() if kind in nullable})
 
 
 def _take_rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -229,6 +229,30 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=_parse_folder, required=True, help="the store to write, STORE.zarr"
     )
+    _add_feature_flags(parser)
+    parser.add_argument(
+        "--keep-obs",
+        metavar="all|COLUMN",
+        help="columns of obs that the store keeps, and that come out in the embedding",
+        **SEVERAL,
+    )
+    parser.add_argument(
+        "--block-cells",
+        type=parse_positive,
+        default=layout.BLOCK_CELLS,
+        help="cells of a block (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=get_args(layout.Codec),
+        default="balanced",
+        help="lz4, with zstd for binary counts (default: %(default)s), lz4 alone, or zstd alone",
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _add_feature_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says which features a store gets."""
     parser.add_argument(
         "--features",
         metavar="[NAME=]same|intersection|union|FILE",
@@ -254,25 +278,6 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help="modalities that what --features-from names does not have, to train a model on with",
         **SEVERAL,
     )
-    parser.add_argument(
-        "--keep-obs",
-        metavar="all|COLUMN",
-        help="columns of obs that the store keeps, and that come out in the embedding",
-        **SEVERAL,
-    )
-    parser.add_argument(
-        "--block-cells",
-        type=parse_positive,
-        default=layout.BLOCK_CELLS,
-        help="cells of a block (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--codec",
-        choices=get_args(layout.Codec),
-        default="balanced",
-        help="lz4, with zstd for binary counts (default: %(default)s), lz4 alone, or zstd alone",
-    )
-    parser.set_defaults(run=_convert)
 
 
 def _add_append(parser: argparse.ArgumentParser) -> None:
