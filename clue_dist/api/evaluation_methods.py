@@ -10,7 +10,7 @@ from typing import Any
 from clue_dist.api.training_call import TrainingData, find_store_path
 from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
-from clue_dist.inference.cells import find_batch_columns, find_modality, name_modalities
+from clue_dist.inference.cells import find_batch_columns, name_modalities
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import parse_output
 from clue_dist.inference.score_tables import Scores, name_scores_file
@@ -65,10 +65,9 @@ class EvaluationMethods:
         from data_prep.from_python import ConversionRequest
 
         path = parse_output(out, lambda path: require_scores_path(path, max_cells))
-        modality = find_modality(cells, self.trained_model, modality, feature_ids)
         if batch_key is None:
             batch_key = find_batch_columns(cells, self.trained_model.batch_vocabulary)
-        cells = name_modalities(cells, self.trained_model, modality)
+        cells, modality = name_modalities(cells, self.trained_model, modality, feature_ids)
         request = ConversionRequest(
             batch_key,
             label_key,

@@ -261,6 +261,28 @@ def test_modalities_to_score_are_found_as_for_an_embedding(
     assert scores["rna->adt"] == expected["rna->adt"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_file", [False, True])
+def test_feature_types_to_score_are_found_as_for_an_embedding(
+    folder: Path, run: Run, tmp_path: Path, is_file: bool
+) -> None:
+    """The model does not know what the peaks are."""
+    mdata = read_mudata(Store(folder / "s.zarr"))
+    paired = mdata["rna"].obs_names.intersection(mdata["adt"].obs_names)
+    rna, proteins = mdata["rna"][paired].copy(), mdata["adt"][paired].copy()
+    expected = run.evaluate(md.MuData({"rna": rna, "adt": proteins}))
+    peaks = ad.AnnData(rna.X[:, :3], rna.obs, pd.DataFrame(index=["p1", "p2", "p3"]))
+    parts = {"Peaks": peaks, "Antibody Capture": proteins, "Gene Expression": rna}
+    cells = ad.concat([*parts.values()], axis=1)
+    cells.obs = rna.obs
+    cells.var["feature_types"] = [name for name, part in parts.items() for _ in part.var_names]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.warns(CellWarning, match="the model does not know Peaks") as warned:
+        scores = run.evaluate(tmp_path / "cells.h5ad" if is_file else cells)
+    assert sum("Peaks" in str(each.message) for each in warned) == 1
+    assert scores["rna->adt"] == expected["rna->adt"]
+
+
 def test_cells_to_score_are_converted_as_fit_converts_them(
     run: Run, requests: list[ConversionRequest]
 ) -> None:

@@ -6,7 +6,6 @@ from clue_dist.inference.cells.sources import Cells as Cells
 from clue_dist.inference.cells.sources import CellSource as CellSource
 from clue_dist.inference.cells.sources import choose_modalities as choose_modalities
 from clue_dist.inference.cells.sources import find_batch_columns as find_batch_columns
-from clue_dist.inference.cells.sources import find_modality as find_modality
 from clue_dist.inference.cells.sources import find_source_file as find_source_file
 from clue_dist.inference.cells.sources import name_modalities as name_modalities
 from clue_dist.inference.cells.sources import open_cells as open_cells

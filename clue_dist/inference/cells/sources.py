@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 import anndata as ad
 import mudata as md
+import numpy as np
 import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
@@ -27,6 +28,7 @@ from clue_dist.inference.cells.memory_obs import list_obs_columns
 from clue_dist.inference.cells.named_counts import (
     MIN_KNOWN_IN_MEMORY,
     MemoryChoices,
+    NamedCounts,
     list_chosen,
     name_parts,
     warn_of_cells,
@@ -242,64 +244,57 @@ def find_source_file(source: CellSource) -> Path | None:
     return None if place is None or "://" in str(place) else parse_path(str(place))
 
 
-def find_modality(
-    source: object,
-    trained_model: TrainedModel,
-    modality: str | None = None,
-    feature_ids: str | Mapping[str, str] | None = None,
-) -> str | None:
-    """Find which modality of a model an AnnData holds; None where its feature types say it.
-
-    Args:
-        source: cells in memory, or the path of an .h5ad; of anything else what is given is taken.
-        trained_model: the model.
-        modality: the modality, where somebody says so.
-        feature_ids: column of var that names the features, as of `open_cells`.
-
-    Raises:
-        DataError: the model does not know it, or it cannot be told which it is.
-    """
-    adata = _open_tables(source)
-    if not isinstance(adata, ad.AnnData):
-        return modality
-    parts = name_parts(
-        adata, trained_model, MemoryChoices(modality=modality, feature_ids=feature_ids)
-    )
-    return next((name for name, part in parts.items() if part.feature_type is None), None)
-
-
 def name_modalities(
     source: CellSource | Sequence[str | Path],
     trained_model: TrainedModel,
     modality: str | None = None,
-) -> CellSource | Sequence[str | Path]:
-    """Name the modalities of a MuData as a model does, and leave out those that it does not know.
+    feature_ids: str | Mapping[str, str] | None = None,
+) -> tuple[CellSource | Sequence[str | Path], str | None]:
+    """Name the modalities of cells as a model does, and leave out those that it does not know.
 
     Args:
-        source: a MuData, or the path of an .h5mu; anything else stays as it is.
+        source: cells in memory, or the path of an .h5ad or .h5mu; anything else stays as it is.
         trained_model: the model.
-        modality: the modality that the cells are said to be, which a MuData may not be.
+        modality: the modality that an AnnData is said to hold, which a MuData may not be.
+        feature_ids: column of var that names the features, as of `open_cells`.
 
     Returns:
-        The MuData or the path, where its names are the model's; else another MuData, or inputs as
-        `python -m data_prep convert` takes them.
+        The cells or the path, where their names are the model's; else other cells, or inputs as
+        `python -m data_prep convert` takes them. Then the modality that an AnnData holds; None
+        where its feature types say it.
 
     Raises:
-        DataError: the model knows none of them.
+        DataError: the model knows none of the modalities, or it cannot be told which they are.
     """
-    mdata = _open_tables(source)
-    if not isinstance(mdata, md.MuData):
-        return source
-    parts = name_parts(mdata, trained_model, MemoryChoices(modality=modality))
+    tables = _open_tables(source)
+    if tables is None:
+        return source, modality
+    choices = MemoryChoices(modality=modality, feature_ids=feature_ids)
+    parts = name_parts(tables, trained_model, choices)
+    if isinstance(tables, ad.AnnData):
+        alone = next((name for name, part in parts.items() if part.feature_type is None), None)
+        return (_keep_types(source, tables, parts) if alone is None else source), alone
     keys = {name: part.key for name, part in parts.items()}
-    if keys == {name: name for name in mdata.mod}:
-        return source
+    if keys == {name: name for name in tables.mod}:
+        return source, None
     if isinstance(source, (str, Path)):
-        return [f"{name}={source}:{key}" for name, key in keys.items()]
+        return [f"{name}={source}:{key}" for name, key in keys.items()], None
     with silence_mudata(), md.set_options(pull_on_update=False):
         named = md.MuData({name: part.adata for name, part in parts.items()})
-        named.obs = mdata.obs.loc[named.obs_names]
-    return named
+        named.obs = tables.obs.loc[named.obs_names]
+    return named, None
+
+
+def _keep_types(
+    source: CellSource | Sequence[str | Path], adata: ad.AnnData, parts: Mapping[str, NamedCounts]
+) -> CellSource | Sequence[str | Path]:
+    """Keep the feature types of an AnnData, or of its file, that are modalities of a model."""
+    columns = np.concatenate([part.find_columns(adata.var) for part in parts.values()])
+    if len(columns) == adata.n_vars:
+        return source
+    if isinstance(source, (str, Path)):
+        return [f"{name}={source}:{part.feature_type}" for name, part in parts.items()]
+    return adata[:, np.sort(columns)].to_memory()
 
 
 def find_batch_columns(source: object, known: BatchVocabulary) -> list[str] | None:
