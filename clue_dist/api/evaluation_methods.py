@@ -12,7 +12,6 @@ from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
 from clue_dist.inference.cells import find_batch_columns, name_modalities
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.output_files import parse_output
 from clue_dist.inference.score_tables import Scores, name_scores_file
 from clue_dist.ranks import Ranks, run_on_first_rank
 from clue_dist.store.reader import Store
@@ -64,7 +63,6 @@ class EvaluationMethods:
         from clue_dist.inference.evaluate import evaluate_store, require_scores_path
         from data_prep.from_python import ConversionRequest
 
-        path = parse_output(out, lambda path: require_scores_path(path, max_cells))
         if batch_key is None:
             batch_key = find_batch_columns(cells, self.trained_model.batch_vocabulary)
         cells, modality = name_modalities(cells, self.trained_model, modality, feature_ids)
@@ -78,10 +76,12 @@ class EvaluationMethods:
             ["--features-from", str(self.folder)],
         )
         with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "scores.json" if out is None else parse_path(str(out))
+            require_scores_path(path, max_cells)  # a conversion takes minutes
             result = evaluate_store(
                 self.trained_model,
                 self._open_store(cells, Path(folder), request),
-                path or Path(folder) / "scores.json",
+                path,
                 run=self.folder,
                 max_cells=max_cells,
                 min_known=min_known,

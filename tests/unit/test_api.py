@@ -289,6 +289,9 @@ def test_cells_to_score_are_converted_as_fit_converts_them(
     choices = {"layer": "counts", "feature_ids": "ids", "batch_key": "donor", "label_key": "type"}
     with pytest.raises(DataError, match="enough"):
         run.evaluate(make_mudata(20)["rna"], kinds={"hto": "adt"}, modality="rna", **choices)
+    for mistake in ({"out": "scores.csv"}, {"max_cells": 1}):  # which comes before the conversion
+        with pytest.raises(ConfigError, match=r"\.json|2 or more"):
+            run.evaluate(make_mudata(20)["rna"], modality="rna", **mistake)
     features = ["--features-from", str(run.folder)]
     assert requests == [
         ConversionRequest("donor", "type", "counts", "ids", {"hto": "adt"}, "rna", features)
