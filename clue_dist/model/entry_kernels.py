@@ -1,4 +1,4 @@
-"""Compiled kernels that copy some entries of sparse profiles on a CPU.
+"""Compiled kernels that copy or multiply entries of sparse profiles on a CPU.
 
 In PyTorch each would be up to a dozen passes over a batch's entries.
 """
@@ -70,6 +70,23 @@ def copy_selected_entries(indptr, indices, values, place, kept_indptr, kept_indi
             n_kept += number >= 0
         kept_indptr[row + 1] = n_kept
     return n_kept
+
+
+@compile_kernel
+def multiply_rows(indptr, values, factor, product):
+    """Multiply the entries of n profiles, each profile by a factor of its own.
+
+    Args:
+        indptr: (n + 1,) int32, where each profile begins and ends.
+        values: (nnz,) float32.
+        factor: (n,) float32.
+        product: written, like `values`.
+    """
+    for row in range(len(factor)):
+        given = values[indptr[row] : indptr[row + 1]]
+        made = product[indptr[row] : indptr[row + 1]]
+        for entry in range(len(given)):
+            made[entry] = given[entry] * factor[row]
 
 
 @compile_kernel

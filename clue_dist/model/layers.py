@@ -101,7 +101,8 @@ class Ensemble(nn.Module):
         """Apply all layers and a linear one, without dropout, and faster on many cells.
 
         But for its deviation, which is divided out behind the next layer, a layer norm is linear,
-        and goes into the weights of that layer. So what a layer hands on is read less often.
+        and goes into the weights of that layer. So what a layer hands on is read less often, and
+        it is written over where nobody reads it again, as other memory would not be in the cache.
 
         Args:
             x: (n, inputs), float32, normalised.
@@ -118,13 +119,14 @@ class Ensemble(nn.Module):
         x = torch.baddbmm(first_bias, x, first_weight)
         following = [(layer.weight, layer.bias) for layer in layers[1:]] + [(weight, bias)]
         for layer, linear in zip(layers, following, strict=True):
-            x = F.gelu(x)
+            x = torch.ops.aten.gelu_(x)
             scaled, shift = layer.read_affine().fold_into(*linear)
             centred = scaled - scaled.mean(1, keepdim=True)
             square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / x.shape[-1]
             # Of units that hardly differ the difference may round to less than 0.
             variance = (square - x.mean(-1, keepdim=True) ** 2).clamp_min(0)
-            x = torch.addcmul(shift, torch.bmm(x, centred), (variance + NORM_EPSILON).rsqrt())
+            x = torch.bmm(x, centred)
+            torch.addcmul(shift, x, (variance + NORM_EPSILON).rsqrt(), out=x)
         return x
 
 

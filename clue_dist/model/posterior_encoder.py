@@ -5,6 +5,7 @@ Shapes: B cells, K modalities, d dimensions of each z_k, a of them aligned, M me
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -141,23 +142,23 @@ class PosteriorEncoder(nn.Module):
         source, rows = self.modalities.index(name), batch.modalities[name].rows
         mean, *log_var = self._apply_folded_norms(name, components, with_variance)
         aligned, private = mean.split([self.n_aligned, self.n_private], -1)
-        coordinates, joint_aligned = None, aligned
+        private, coordinates = self._show_private(private, source), None
         if self.space.is_fitted:
             coordinates = self.space.project_expert(aligned.flatten(1), source)
-            aligned = self._pad_coordinates(self.space.weigh_profiles(coordinates))
-            joint_aligned = self._pad_coordinates(self.space.weigh_joint(coordinates))
-        private = self._show_private(private, source)
-        joint, alone = (
-            torch.cat([shown, private], -1).flatten(1) for shown in (joint_aligned, aligned)
-        )
+
+        def show(weigh: Callable[[Tensor], Tensor]) -> Tensor:
+            shown = aligned if coordinates is None else self._pad_coordinates(weigh(coordinates))
+            return torch.cat([shown, private], -1).flatten(1)
+
+        alone = {name: show(self.space.weigh_profiles)} if per_modality else {}
         variance = None
         if log_var:
             variance = self._show_lone_variance(mean, log_var[0], source, coordinates)
+        joint = show(self.space.weigh_joint)
         empty = joint.new_full((batch.n_cells, joint.shape[1]), torch.nan)
         if variance is not None:
             variance = empty.index_copy(0, rows, variance)
-        joint = empty.index_copy(0, rows, joint)
-        return joint, {name: alone} if per_modality else {}, variance
+        return empty.index_copy(0, rows, joint), alone, variance
 
     def _show_lone_variance(
         self, mean: Tensor, log_var: Tensor, source: int, coordinates: Tensor | None

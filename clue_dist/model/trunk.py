@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from clue_dist.config import TrunkConfig
 from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
+from clue_dist.model.entry_kernels import multiply_rows
 from clue_dist.model.fused import can_fuse
 from clue_dist.model.layers import Affine, Ensemble, ReadAffine
 from clue_dist.model.noise import Noise
@@ -37,10 +38,19 @@ def normalise_counts(counts: Counts, method: str, idf: Tensor | None = None) -> 
     if method in ("log_cp10k", "tfidf"):
         totals = counts.totals if x is counts.values else counts.sum_rows(x)
         scale = 1e4 / totals.clamp_min(1e-9)
-        x = x * scale.index_select(0, counts.entry_rows)
+        x = _multiply_rows(counts, x, scale)
     if method in ("log_cp10k", "tfidf", "log"):
         x = torch.log1p(x)
     return counts.replace_values(x)
+
+
+def _multiply_rows(counts: SparseCounts, values: Tensor, factor: Tensor) -> Tensor:
+    """Multiply one value per non-zero, (nnz,), by the factor of its row, (n,)."""
+    if values.device.type != "cpu":
+        return values * factor.index_select(0, counts.entry_rows)
+    product = torch.empty_like(values)
+    multiply_rows(*map(Tensor.numpy, (counts.indptr, values, factor, product)))
+    return product
 
 
 def _normalise_dense(x: Tensor, method: str, idf: Tensor | None) -> Tensor:
