@@ -148,7 +148,8 @@ def plan_cells(
 def refuse_equal_modalities(readings: Sequence[SourceReading], plan: FeaturePlan) -> None:
     """Refuse two modalities that have the same values of the same cells and features.
 
-    A copy is found in whatever order it has cells and features, by the first cells of the other.
+    A copy is found in whatever order it has cells and features, by the first cells of the source
+    that it is compared with.
 
     Args:
         readings: how the rows of the sources are read, whatever their format.
