@@ -97,7 +97,7 @@ def test_a_warning_points_to_the_line_that_asks():
 
 
 def test_commands_print_warnings_of_cells_without_a_line_of_code(capsys):
-    with model_arguments._print_cell_warnings(Ranks()):
+    with model_arguments.print_cell_warnings(Ranks()):
         warn_of_cells("doubtful")
     assert capsys.readouterr().err == "warning: doubtful\n"
 
