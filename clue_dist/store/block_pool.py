@@ -32,12 +32,11 @@ class BlockPool:
 
     def __init__(self, reader: SegmentReader, slots: int) -> None:
         self.reader = reader
-        unread = ("obs/label", "obs/barcode")
         # Memory by name of the array ("rna/codes"), (slots, ...); and the same for TensorStore.
         self._memory = {
             name: np.empty((slots, *spec.shape[1:]), spec.dtype)
             for name, spec in reader.arrays.specs.items()
-            if name not in unread
+            if name == "obs/batch" or not name.startswith("obs/")
         }
         self._targets = {
             name: ts.array(memory, copy=False, write=True) for name, memory in self._memory.items()

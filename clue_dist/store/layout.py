@@ -76,6 +76,11 @@ class ArraySpec:
         return math.prod(self.chunk) * np.dtype(self.dtype).itemsize
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether blocks share a chunk."""
+        return self.chunk[0] > 1
+
+    @property
     def n_shards(self) -> int:
         """Number of shards, each of which is one file."""
         return -(-self.shape[0] // self.shard[0])

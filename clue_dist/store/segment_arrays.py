@@ -15,12 +15,17 @@ import tensorstore as ts
 from clue_dist.errors import StoreError
 from clue_dist.store import layout, location
 from clue_dist.store.layout import ArraySpec
-from clue_dist.store.location import Location
+from clue_dist.store.location import Location, RemoteLocation
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.rows import CHECK_FIX
 
-# TensorStore caches nothing: the loader keeps the blocks that it needs, and keeps them once.
+# Of wide arrays TensorStore caches nothing: the loader keeps the blocks that it needs, and keeps
+# them once. Nor does it of files, which the system caches.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **location.RETRIES}
+# A request costs a server as much as 100 KB of its answer, and a window takes a few bytes of a
+# narrow array. So what was read of these is kept: 16 bytes a cell of what training reads. Of
+# segments above 4 million cells a part is kept.
+NARROW_CACHE_BYTES = 64 * 2**20  # of a segment behind a URL
 
 
 class SegmentArrays:
@@ -42,6 +47,10 @@ class SegmentArrays:
             for spec in manifest.specify_arrays(segment)
         }
         self._context = ts.Context(_CONTEXT)
+        self._narrow_context = self._context
+        if isinstance(root, RemoteLocation):
+            cache = {"cache_pool": {"total_bytes_limit": NARROW_CACHE_BYTES}}
+            self._narrow_context = ts.Context(_CONTEXT | cache)
         self._arrays = {name: self._open(spec) for name, spec in self.specs.items()}
         # Shards that were found to be plain files, by array.
         self._plain_shards: dict[str, set[int]] = {name: set() for name in self.specs}
@@ -157,8 +166,9 @@ class SegmentArrays:
                 "assume_metadata": True,
                 "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
             }
+            context = self._narrow_context if spec.is_narrow else self._context
             array = ts.open(
-                request, read=True, open=True, context=self._context, recheck_cached_data=False
+                request, read=True, open=True, context=context, recheck_cached_data=False
             ).result()
         except (ValueError, OverflowError, RuntimeError, OSError) as error:
             raise location.translate_read_error(
