@@ -19,13 +19,12 @@ from clue_dist.store.location import Location, RemoteLocation
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.rows import CHECK_FIX
 
-# Of wide arrays TensorStore caches nothing: the loader keeps the blocks that it needs, and keeps
-# them once. Nor does it of files, which the system caches.
+# TensorStore caches nothing: the loader keeps the blocks that it needs, and keeps them once.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **location.RETRIES}
-# A request costs a server as much as 100 KB of its answer, and a window takes a few bytes of a
-# narrow array. So what was read of these is kept: 16 bytes a cell of what training reads. Of
-# segments above 4 million cells a part is kept.
-NARROW_CACHE_BYTES = 64 * 2**20  # of a segment behind a URL
+# But behind a URL it keeps chunks of narrow arrays, which a window needs a few bytes of: a request
+# costs the server more than that. Training reads 4 bytes of a cell, and 12 more for each sparse
+# modality, so that what it reads of 4 million cells of RNA is asked for once.
+NARROW_CACHE_BYTES = 64 * 2**20  # of a segment, at most
 
 
 class SegmentArrays:
