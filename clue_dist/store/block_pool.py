@@ -36,7 +36,7 @@ class BlockPool:
         self._memory = {
             name: np.empty((slots, *spec.shape[1:]), spec.dtype)
             for name, spec in reader.arrays.specs.items()
-            if name == "obs/batch" or not name.startswith("obs/")
+            if spec.feeds_training
         }
         self._targets = {
             name: ts.array(memory, copy=False, write=True) for name, memory in self._memory.items()

@@ -81,6 +81,12 @@ class ArraySpec:
         return self.chunk[0] > 1
 
     @property
+    def feeds_training(self) -> bool:
+        """Whether training reads it: counts and batch codes, not what else is known of a cell."""
+        _, _, name = self.path.split("/", 2)
+        return name == "obs/batch" or not name.startswith("obs/")
+
+    @property
     def n_shards(self) -> int:
         """Number of shards, each of which is one file."""
         return -(-self.shape[0] // self.shard[0])

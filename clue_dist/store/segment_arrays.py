@@ -21,9 +21,9 @@ from clue_dist.store.rows import CHECK_FIX
 
 # TensorStore caches nothing: the loader keeps the blocks that it needs, and keeps them once.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **location.RETRIES}
-# But behind a URL it keeps chunks of narrow arrays, which a window needs a few bytes of: a request
-# costs the server more than that. Training reads 4 bytes of a cell, and 12 more for each sparse
-# modality, so that what it reads of 4 million cells of RNA is asked for once.
+# But behind a URL it keeps chunks of the narrow arrays that training reads pass by pass, of which a
+# window needs a few bytes: a request costs the server more than these. They are 4 bytes a cell, and
+# 12 more for each sparse modality, so that those of 4 million cells of RNA are asked for once.
 NARROW_CACHE_BYTES = 64 * 2**20  # of a segment, at most
 
 
@@ -165,7 +165,8 @@ class SegmentArrays:
                 "assume_metadata": True,
                 "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
             }
-            context = self._narrow_context if spec.is_narrow else self._context
+            is_read_again = spec.is_narrow and spec.feeds_training
+            context = self._narrow_context if is_read_again else self._context
             array = ts.open(
                 request, read=True, open=True, context=context, recheck_cached_data=False
             ).result()

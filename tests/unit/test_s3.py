@@ -26,7 +26,7 @@ from data_prep.svd import SvdOptions, compute_svd
 from tests.fakes import dense
 from tests.s3 import S3, serve
 from tests.stores import make_store
-from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5mu
+from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5ad, write_h5mu
 
 SHARD = "strata/rna+adt/rna/codes/c/0/0"
 
@@ -102,14 +102,17 @@ def test_the_loader_serves_the_same_batches(local: Store, url: str) -> None:
 
 
 def test_the_loader_asks_once_for_what_takes_a_few_bytes_a_cell(s3: S3, tmp_path: Path) -> None:
-    make_store(tmp_path / "s.zarr", cells={"rna": 4096}, features={"rna": 20})
+    n_cells = 4096
+    notes = [f"note {i}" for i in range(n_cells)]
+    path = write_h5ad(tmp_path / "a.h5ad", make_counts(n_cells, 20), note=notes)
+    convert_files(tmp_path / "s.zarr", f"rna={path}", block_cells=16, kept_obs=("all",))
     store = Store(s3.upload(tmp_path / "s.zarr", "s.zarr"))
-    plan = CellPlan(5, {"rna": 4096}, {"rna": 64}, 4, 4, 16)
+    plan = CellPlan(5, {"rna": n_cells}, {"rna": 64}, 4, 4, 16)
     asked = []  # arrays, by pass
     with Loader(store, plan) as loader:
         for _ in range(2):
             s3.gate.requests.clear()
-            for _ in range(4096 // 64):
+            for _ in range(n_cells // 64):
                 next(loader)
             keys = [request.partition("/strata/rna/")[2] for request in s3.gate.requests]
             asked.append({key.partition("/c/")[0] for key in keys})
