@@ -38,7 +38,8 @@ def normalise_counts(counts: Counts, method: str, idf: Tensor | None = None) -> 
     if method in ("log_cp10k", "tfidf"):
         totals = counts.totals if x is counts.values else counts.sum_rows(x)
         scale = 1e4 / totals.clamp_min(1e-9)
-        x = _multiply_rows(counts, x, scale)
+        multiply = _multiply_rows_on_cpu if x.device.type == "cpu" else _multiply_rows
+        x = multiply(counts, x, scale)
     if method in ("log_cp10k", "tfidf", "log"):
         x = torch.log1p(x)
     return counts.replace_values(x)
@@ -46,8 +47,11 @@ def normalise_counts(counts: Counts, method: str, idf: Tensor | None = None) -> 
 
 def _multiply_rows(counts: SparseCounts, values: Tensor, factor: Tensor) -> Tensor:
     """Multiply one value per non-zero, (nnz,), by the factor of its row, (n,)."""
-    if values.device.type != "cpu":
-        return values * factor.index_select(0, counts.entry_rows)
+    return values * factor.index_select(0, counts.entry_rows)
+
+
+def _multiply_rows_on_cpu(counts: SparseCounts, values: Tensor, factor: Tensor) -> Tensor:
+    """Do as `_multiply_rows`, in one pass over the non-zeros."""
     product = torch.empty_like(values)
     multiply_rows(*map(Tensor.numpy, (counts.indptr, values, factor, product)))
     return product

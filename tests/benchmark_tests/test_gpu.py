@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Counts, compute_library_size
-from clue_dist.model import decoders, thinning
+from clue_dist.model import decoders, thinning, trunk
 from clue_dist.model.counter_noise import CounterNoise
 from clue_dist.model.fused import FUSED_LIKELIHOODS
 from clue_dist.model.likelihoods import LikelihoodParameters
@@ -31,9 +31,10 @@ def step_counts() -> WorkCounts:
     objective, batch = make_objective(TINY, TINY_MODEL), make_batch(TINY)
     objective.compute_loss(batch, make_noise(TINY, 0))[0].backward()
     with pytest.MonkeyPatch.context() as patch:
-        # A CPU leaves out what a GPU sets to zero, and selects features by a kernel.
+        # A CPU leaves out what a GPU sets to zero, selects features and scales rows by kernels.
         patch.setattr(thinning, "_drop_entries", thinning._zero_entries)
         patch.setattr(decoders, "_copy_selected", decoders._pick_selected)
+        patch.setattr(trunk, "_multiply_rows_on_cpu", trunk._multiply_rows)
         with count_work() as counts:
             objective.compute_loss(batch.to("cpu"), make_noise(TINY, 1))[0].backward()
     return counts

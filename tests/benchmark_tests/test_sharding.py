@@ -41,7 +41,7 @@ def test_a_rank_alone_holds_all_of_everything() -> None:
     # What the backward pass needs is more than the components that it begins with.
     assert counted["activations"] > 4 * 3 * TINY.n_cells * TINY_MODEL.trunk.projection
     assert counted["gflop"] > 0
-    assert sum(counted["calls"].values()) >= 1  # what all ranks agree on
+    assert not counted["calls"]  # it has nobody to ask
 
 
 def test_more_modalities_are_small_ones() -> None:

@@ -12,6 +12,7 @@ from clue_dist import normalise as in_numpy
 from clue_dist.config import DecoderConfig
 from clue_dist.data.assembly import read_batch
 from clue_dist.data.batch import SparseCounts
+from clue_dist.model import trunk as trunks
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.initialise import (
@@ -50,7 +51,9 @@ def plain(x: np.ndarray, how: str, idf: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("how", ["log_cp10k", "tfidf", "none", "log", "clr"])
-def test_normalise(how: str) -> None:
+@pytest.mark.parametrize("multiply", ["_multiply_rows_on_cpu", "_multiply_rows"])
+def test_normalise(monkeypatch: pytest.MonkeyPatch, multiply: str, how: str) -> None:
+    monkeypatch.setattr(trunks, "_multiply_rows_on_cpu", getattr(trunks, multiply))
     idf = np.random.default_rng(1).uniform(1, 9, 15).astype(np.float32)
     want = plain(X, how, idf)
     dense = normalise_counts(torch.tensor(X), how, torch.tensor(idf))
