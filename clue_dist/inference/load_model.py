@@ -128,7 +128,7 @@ def require_weights(run: Path, checkpoint: str) -> Path:
             "the run holds no such weights",
             where=run,
             got=name_argument("checkpoint", checkpoint),
-            expected=list_names(known) or None,
+            expected=list_names(dict.fromkeys(known)) or None,
             fix=suggest_names(checkpoint, known)
             if known
             else "train at least until the first validation",

@@ -103,16 +103,16 @@ def require_known_features(store: Store, modalities: dict[str, Modality]) -> Non
     Raises:
         StoreError: missing, extra or reordered features, the first 10 of each.
     """
+    if unknown := [name for name in store.modalities if name not in modalities]:
+        raise StoreError(
+            "the model does not know these modalities",
+            where=store.name,
+            got=list_names(unknown),
+            expected=list_names(modalities),
+            fix="name them as the model does, at conversion: `clue prep convert NAME=FILE ...`",
+        )
     for name, modality in store.manifest.modalities.items():
         where = f"{store.name}: modality {name}"
-        if name not in modalities:
-            raise StoreError(
-                "the model does not know a modality",
-                where=where,
-                got=name,
-                expected=list_names(modalities),
-                fix="name it as the model does, at conversion: `clue prep convert NAME=FILE ...`",
-            )
         known = modalities[name]
         if (modality.kind, modality.storage) != (known.kind, known.storage):
             raise StoreError(

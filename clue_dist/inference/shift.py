@@ -39,13 +39,15 @@ def measure_shift(
         same_cells: the same cells, opened for the second model.
 
     Raises:
-        DataError: too few cells to have neighbours; cells with modalities that one model does not
-            know.
+        DataError: too few cells to have neighbours; cells that differ, as where one model does not
+            know all modalities.
     """
-    if cells.n_cells != same_cells.n_cells:
+    names = [opened.read_obs().index for opened in (cells, same_cells)]
+    if not names[0].equals(names[1]):
+        n_same = len(names[0].intersection(names[1]))
         raise DataError(
             "each model knows other cells of these",
-            got=f"{cells.n_cells:,} and {same_cells.n_cells:,}",
+            got=f"{cells.n_cells:,} and {same_cells.n_cells:,}, of which {n_same:,} are the same",
             fix="name modalities that both know: `modalities=`",
         )
     first, second = (

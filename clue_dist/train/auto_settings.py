@@ -79,8 +79,9 @@ def set_found_precision(training: TrainConfig, precision: str) -> TrainConfig:
 def multiplies_faster_in_bfloat16() -> bool:
     """Whether the GPU, or the processor where there is none, gains by products in bfloat16.
 
-    A GPU does if it has instructions for them. Of the processors that have some, AMD's take half
-    as long as in float32, Intel's without AMX twice as long. So one product is timed.
+    A GPU does if it has instructions for them. Of two processors that have some, one takes half as
+    long as in float32 (AMD EPYC), one twice as long (Intel Xeon without AMX). So one product is
+    timed.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

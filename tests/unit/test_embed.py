@@ -201,7 +201,7 @@ def test_other_features_are_listed(store, features, listing):
 
 
 def test_a_modality_unknown_to_the_model_is_an_error(store):
-    with pytest.raises(StoreError, match=r"does not know a modality[\s\S]*got: adt"):
+    with pytest.raises(StoreError, match=r"does not know these modalities[\s\S]*got: adt"):
         require_known_features(store, {"rna": store.manifest.modalities["rna"]})
 
 

@@ -150,6 +150,14 @@ def test_weights_that_are_not_there_are_refused_with_those_that_are(run: Path) -
         load_model(run, "bset")
 
 
+def test_weights_that_are_both_best_and_last_are_listed_once(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    step = Path("best") / "step-00000005"
+    shutil.copytree(run / step, tmp_path / "run" / "checkpoints" / step.name)
+    with pytest.raises(ResumeError, match=r"expected: best, last, step-00000005\n"):
+        load_model(tmp_path / "run", "bset")
+
+
 def test_a_line_that_was_half_written_leaves_the_others(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:

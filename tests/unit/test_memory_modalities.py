@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import anndata as ad
 import mudata as md
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from clue_dist.inference.cells import open_cells
+from clue_dist.inference.cells import name_modalities, open_cells
+from clue_dist.inference.cells.named_counts import CellWarning
 from clue_dist.inference.embed import embed_anndata
 from clue_dist.store.manifest_parts import Modality
 from tests.fakes import FakeTrainedModel, dense
@@ -161,6 +164,29 @@ def test_a_modality_without_cells_is_left_out():
 def test_a_modality_may_have_another_name_of_its_kind():
     mdata = md.MuData({"gex": make_table(), "Protein": make_table("adt")})
     assert list(read_all(mdata)) == ["rna", "adt"]
+
+
+@pytest.mark.parametrize("has_peaks", [False, True])
+def test_feature_types_are_named_as_the_model_names_modalities(tmp_path, has_peaks):
+    """A conversion would call the proteins adt."""
+    model = FakeTrainedModel({"rna": LOADED.modalities["rna"], "prot": LOADED.modalities["adt"]})
+    types = {"Antibody Capture": make_table("adt"), "Gene Expression": make_table()}
+    if has_peaks:
+        types["Peaks"] = ad.AnnData(make_table().X[:, :2], make_table().obs)
+    cells = ad.concat([*types.values()], axis=1)
+    cells.obs["donor"] = list("abcde")
+    cells.var["feature_types"] = [name for name, part in types.items() for _ in part.var_names]
+    cells.write_h5ad(file := tmp_path / "cells.h5ad")
+    with pytest.warns(CellWarning, match="Peaks") if has_peaks else nullcontext():
+        named, modality = name_modalities(cells, model)
+        words, _ = name_modalities(file, model)
+    assert words == [f"rna={file}:Gene Expression", f"prot={file}:Antibody Capture"]
+    assert modality is None
+    assert list(named.mod) == ["rna", "prot"]
+    assert named.obs["donor"].tolist() == list("abcde")
+    for name, part in (("rna", "Gene Expression"), ("prot", "Antibody Capture")):
+        assert list(named[name].var_names) == list(types[part].var_names)
+        np.testing.assert_array_equal(named[name].X.toarray(), types[part].X.toarray())
 
 
 def test_modalities_that_the_model_does_not_know_are_left_out():

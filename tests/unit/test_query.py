@@ -103,6 +103,12 @@ def test_of_modalities_that_are_asked_for_only_cells_are_left_out(
         open_cells(store, loaded, modalities=[])
 
 
+def test_a_store_of_which_the_model_knows_nothing_is_refused(store: Store) -> None:
+    other = FakeTrainedModel({"clr": store.manifest.modalities["adt"]})
+    with pytest.raises(StoreError, match=r"these modalities\n[\s\S]*got: rna, adt, atac\n"):
+        open_cells(store, other)
+
+
 def test_a_view_has_the_same_cells(store: Store, tmp_path: Path) -> None:
     alone = FakeTrainedModel({"rna": store.manifest.modalities["rna"]})
     embed_store(alone, select_modalities(store, ["rna"]), tmp_path / "o.h5ad", run="r")

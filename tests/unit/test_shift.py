@@ -45,10 +45,21 @@ def test_cells_that_one_model_does_not_know_are_refused(tmp_path: Path) -> None:
     before = FakeTrainedModel({"rna": after.modalities["rna"]})
     with pytest.warns(CellWarning, match="does not know adt"):
         cells = open_cells(store, before)
-    with pytest.raises(DataError, match=r"60 and 80(.|\n)*`modalities=`"):
+    with pytest.raises(DataError, match=r"60 and 80, of which 60 are(.|\n)*`modalities=`"):
         measure_shift(before, after, cells, open_cells(store, after))
     shared = [open_cells(store, model, modalities=["rna"]) for model in (before, after)]
     assert measure_shift(before, after, *shared).by_chance == 15 / 59
+
+
+def test_other_cells_of_the_same_number_are_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", {"rna": 40, "adt": 40})
+    models = [
+        FakeTrainedModel({name: store.manifest.modalities[name]}) for name in store.modalities
+    ]
+    with pytest.warns(CellWarning, match="does not know"):
+        cells = [open_cells(store, model) for model in models]
+    with pytest.raises(DataError, match="40 and 40, of which 0 are the same"):
+        measure_shift(*models, *cells)
 
 
 def test_a_few_cells_have_no_neighbours(tmp_path: Path) -> None:

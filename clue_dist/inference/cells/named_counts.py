@@ -155,15 +155,14 @@ def _name_anndata_parts(
         fitting = [*known]
     if len(fitting) != 1:
         listed = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+        # To say the modality helps where some features are known.
+        advice = {"modality": f'say it: `{{}}"{fitting[0]}"`'} if fitting else {}
+        advice["feature_ids"] = "`{}` names a column of var that names features as the model does"
         raise DataError(
             "cannot tell which modality an AnnData holds",
             got=f"features known: {listed}",
             expected="those of one modality of the model",
-            fix=choices.arguments.join_advice(
-                # To say it helps where some features are known.
-                **{"modality": f'say it: `{{}}"{fitting[0]}"`'} if fitting else {},
-                feature_ids="`{}` names a column of var that names features as the model does",
-            ),
+            fix=choices.arguments.join_advice(**advice),
         )
     return _keep_chosen(
         {fitting[0]: NamedCounts("the AnnData", adata)}, fitting, trained_model, choices

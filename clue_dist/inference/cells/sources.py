@@ -37,6 +37,7 @@ from clue_dist.inference.cells.named_counts import (
 from clue_dist.inference.cells.store_cells import CellSlice, StoreCells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.query import require_fitting_store, select_modalities
+from clue_dist.kinds import match_alias
 from clue_dist.process import silence_mudata
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
@@ -273,28 +274,39 @@ def name_modalities(
     parts = name_parts(tables, trained_model, choices)
     if isinstance(tables, ad.AnnData):
         alone = next((name for name, part in parts.items() if part.feature_type is None), None)
-        return (_keep_types(source, tables, parts) if alone is None else source), alone
+        return (_name_types(source, tables, parts) if alone is None else source), alone
     keys = {name: part.key for name, part in parts.items()}
     if keys == {name: name for name in tables.mod}:
         return source, None
     if isinstance(source, (str, Path)):
         return [f"{name}={source}:{key}" for name, key in keys.items()], None
-    with silence_mudata(), md.set_options(pull_on_update=False):
-        named = md.MuData({name: part.adata for name, part in parts.items()})
-        named.obs = tables.obs.loc[named.obs_names]
-    return named, None
+    return _join_tables({name: part.adata for name, part in parts.items()}, tables.obs), None
 
 
-def _keep_types(
+def _name_types(
     source: CellSource | Sequence[str | Path], adata: ad.AnnData, parts: Mapping[str, NamedCounts]
 ) -> CellSource | Sequence[str | Path]:
-    """Keep the feature types of an AnnData, or of its file, that are modalities of a model."""
-    columns = np.concatenate([part.find_columns(adata.var) for part in parts.values()])
-    if len(columns) == adata.n_vars:
+    """Name the feature types of an AnnData, or of its file, as a model does; leave out others."""
+    columns = {name: part.find_columns(adata.var) for name, part in parts.items()}
+    kept = np.sort(np.concatenate([*columns.values()]))
+    # A conversion names feature types by their kinds.
+    are_named = all(match_alias(str(part.feature_type)) == name for name, part in parts.items())
+    if are_named and len(kept) == adata.n_vars:
         return source
     if isinstance(source, (str, Path)):
         return [f"{name}={source}:{part.feature_type}" for name, part in parts.items()]
-    return adata[:, np.sort(columns)].to_memory()
+    if are_named:
+        return adata[:, kept].to_memory()
+    tables = {name: adata[:, places].to_memory() for name, places in columns.items()}
+    return _join_tables(tables, adata.obs)
+
+
+def _join_tables(tables: Mapping[str, ad.AnnData], obs: pd.DataFrame) -> md.MuData:
+    """Join AnnDatas by the names of modalities into a MuData with the obs of all cells."""
+    with silence_mudata(), md.set_options(pull_on_update=False):
+        mdata = md.MuData(dict(tables))
+        mdata.obs = obs.loc[mdata.obs_names]
+    return mdata
 
 
 def find_batch_columns(source: object, known: BatchVocabulary) -> list[str] | None:
